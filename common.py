@@ -1,9 +1,21 @@
 """What the scripts share: flags, device, data, ELBO helpers, evaluation and the bookkeeping of a run.
 
-No model and no training step lives here. Each script imports this file inside its `main()`, so a
-script that is copied elsewhere without it still defines, trains and samples its model.
+No model and no training step lives here. Each script imports this file inside its `main()`, so that a
+script copied elsewhere without it still defines, trains and samples its model.
 """
-import argparse, copy, csv, inspect, json, math, os, signal, statistics, sys, threading, time, urllib.request  # noqa
+import argparse
+import contextlib
+import copy
+import inspect
+import json
+import math
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +26,11 @@ import torch.nn.functional as F
 
 def fail(message):
     """End the program with one line on standard error and status 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr) or 2)
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ---------------------------------------------------------------------------------------------- flags
@@ -32,12 +47,10 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 def at_least(low, kind=int):
     """An argparse type: a whole number of at least `low`, or a finite float above it."""
     def convert(text):
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             value = kind(text)
             if math.isfinite(value) and (value >= low if kind is int else value > low):
                 return value
-        except (ValueError, OverflowError):
-            pass
         rule = f"a whole number of at least {low}" if kind is int else f"a number above {low}"
         raise argparse.ArgumentTypeError(f"must be {rule}, not {text!r}")
     return convert
@@ -81,21 +94,17 @@ def parse(p, argv=None):
         fail(f"--device {args.device} can't be used here ({first_line(error)}); try auto or cpu")
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)                # tiny numbers would slow a CPU several times
-    torch.set_float32_matmul_precision("medium")  # tensor cores; on a CPU, the faster of two fp32 libraries
+    torch.set_float32_matmul_precision("medium")  # tensor cores; on a CPU, the faster of two libraries
     return args
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ----------------------------------------------------------------------------------------------- data
 
 def images(args):
-    """The image data set of the flags, whole, on the device.
+    """The image data set of the flags, whole, on the device; sets args.dataset to what was found.
 
-    Returns a namespace: `train`, `valid`, `test`, each (x, y) with grey x (N, C, H, W) uint8 and
-    labels y (N,) int64; `shape` (C, H, W); `num_classes`. Sets args.dataset to what was found.
+    Returns `train`, `valid`, `test`, each (x, y) with grey x (N, C, H, W) uint8 and labels y (N,)
+    int64; `shape` (C, H, W); `num_classes`.
     """
     name, splits = args.dataset or "mnist", None
     if name != "glyphs":
@@ -106,13 +115,13 @@ def images(args):
                   "Using glyphs instead: digits drawn from matplotlib's fonts.", flush=True)
         name, (x, y), sizes = "glyphs", glyph_images(24_000, seed=0), (20_000, 2_000, 2_000)
         splits = zip(x.split(sizes), y.split(sizes))
-    args.dataset = name
-    train, valid, test = [[t[:args.batch_size if args.dry_run else None].to(args.device) for t in s] for s in splits]
+    args.dataset, n = name, args.batch_size if args.dry_run else None
+    train, valid, test = [[t[:n].to(args.device) for t in split] for split in splits]
     return SimpleNamespace(train=train, valid=valid, test=test, shape=tuple(train[0].shape[1:]), num_classes=10)
 
 
 def torchvision_images(name, root, required):
-    """MNIST and its kin, train = [5000:], valid = [:5000], test; None if not to be had and not required.
+    """MNIST or its kin: train = [5000:], valid = [:5000], test; None if it can't be had and isn't required.
 
     torchvision tries its mirrors in turn and checks the MD5 sum of what it downloads.
     """
@@ -120,14 +129,14 @@ def torchvision_images(name, root, required):
     kind = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST}[name]
     raw = root / kind.__name__ / "raw"
     download = not all((raw / Path(file).stem).exists() for file, _ in kind.resources)
-    if download and not required and not any(reachable(url) for url in kind.mirrors):
+    if download and not required and not any(map(reachable, kind.mirrors)):
         return None
     try:
         parts = [kind(root, train=train, download=download) for train in (True, False)]
         (x, y), (x_test, y_test) = [(part.data[:, None], part.targets) for part in parts]
-        for images, labels in ((x, y), (x_test, y_test)):
-            if images.shape[1:] != (1, 28, 28) or len(images) != len(labels) or len(x) <= 5000 or labels.max() > 9:
-                raise ValueError(f"images {tuple(images.shape)} and labels {tuple(labels.shape)} don't fit")
+        for a, b in ((x, y), (x_test, y_test)):
+            if a.shape[1:] != (1, 28, 28) or len(a) != len(b) or len(x) <= 5000 or b.max() > 9:
+                raise ValueError(f"images {tuple(a.shape)} and labels {tuple(b.shape)} don't fit")
     except Exception as error:  # torchvision lets through whatever its parser stumbles over
         if download and not required:
             return None
@@ -139,23 +148,16 @@ def torchvision_images(name, root, required):
 def reachable(url, seconds=6):
     """Whether a server answers in time; in a thread, because a name look-up has no time limit."""
     def ask():
-        try:
-            urllib.request.urlopen(url, timeout=seconds).close()
-            answer.append(True)
-        except OSError as error:
-            answer.append(isinstance(error, urllib.error.HTTPError))
-    answer, thread = [], threading.Thread(target=ask, daemon=True)
+        with contextlib.suppress(OSError):
+            try:
+                urllib.request.urlopen(url, timeout=seconds).close()
+            except urllib.error.HTTPError:
+                pass
+            answers.append(url)
+    answers, thread = [], threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)
-    return any(answer)
-
-
-def glyph_fonts():
-    """The fonts with usual digits among those that come with matplotlib, as file names."""
-    from matplotlib import get_data_path
-    odd = ("LastResort", "Display", "NonUni", "Siz", "cmex", "cmmi", "cmsy")
-    return [str(f) for f in sorted(Path(get_data_path(), "fonts/ttf").glob("*.ttf")) if not f.name.startswith(odd)
-            and not any(o in f.name for o in odd)]
+    return bool(answers)
 
 
 def random_affine(n, generator=None, device="cpu", rotate=15, scale=0.15, shear=0.2, shift=0.1):
@@ -172,19 +174,25 @@ def warp(x, theta):
     return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False)
 
 
+def glyph_fonts():
+    """Those of matplotlib's own fonts that have usual digits, as file names."""
+    from matplotlib import get_data_path
+    odd = ("LastResort", "Display", "NonUni", "Siz", "cmex", "cmmi", "cmsy")
+    return [str(f) for f in sorted(Path(get_data_path(), "fonts/ttf").glob("*.ttf")) if not any(o in f.name for o in odd)]
+
+
 def glyph_images(n, seed):
     """Digits 0-9 in matplotlib's fonts, moved at random: x (n, 1, 28, 28) uint8 and y (n,) int64."""
     from matplotlib.ft2font import FT2Font
     fonts, g = [FT2Font(name) for name in glyph_fonts()], torch.Generator().manual_seed(seed)
     shapes = torch.zeros(len(fonts), 10, 1, 56, 56)
-    for f, font in enumerate(fonts):
+    for (f, font), digit in ((pair, d) for pair in enumerate(fonts) for d in range(10)):
         font.set_size(48, 72)
-        for digit in range(10):
-            font.set_text(str(digit), 0)
-            font.draw_glyphs_to_bitmap(antialiased=True)
-            ink = torch.from_numpy(np.array(font.get_image())[:56, :56])
-            top, left = (56 - ink.shape[0]) // 2, (56 - ink.shape[1]) // 2
-            shapes[f, digit, 0, top:top + ink.shape[0], left:left + ink.shape[1]] = ink
+        font.set_text(str(digit), 0)
+        font.draw_glyphs_to_bitmap(antialiased=True)
+        ink = torch.from_numpy(np.array(font.get_image())[:56, :56])
+        top, left = (56 - ink.shape[0]) // 2, (56 - ink.shape[1]) // 2
+        shapes[f, digit, 0, top:top + ink.shape[0], left:left + ink.shape[1]] = ink
     y, f = torch.randint(10, (n,), generator=g), torch.randint(len(fonts), (n,), generator=g)
     parts = zip(f.split(1000), y.split(1000), (1.1 * random_affine(n, g)).split(1000))
     return torch.cat([F.avg_pool2d(warp(shapes[f, y], t), 2) for f, y, t in parts]).round().to(torch.uint8), y
@@ -241,12 +249,11 @@ def log_mean_exp(log_w, dim=0):
 def evaluate(bound, x, y, samples=1, rows=4096):
     """Mean bounds over a data set in nats per example: a dict of neg_elbo, rec and kl and, for samples > 1, nll.
 
-    bound(x, y, k) -> log_px, kl, log_w, each (k, B). nll is the importance-sampled -log p(x) (Burda et al.
-    2016, eq. 8), in expectation above the true one and falling as `samples` grows. `rows` samples are decoded
-    at once. The noise is the same at every call, and the training's noise is left alone.
+    bound(x, y, k) -> log_px, kl, log_w, each (k, B). nll estimates -log p(x) by importance sampling (Burda et
+    al. 2016, eq. 8), from above in expectation. `rows` samples are decoded at once. The noise is the same at
+    every call, and the training's noise is left alone.
     """
-    k = min(samples, 64)
-    sums = torch.zeros(3, dtype=torch.float64)
+    k, sums = min(samples, 64), torch.zeros(3, dtype=torch.float64)
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
         torch.manual_seed(0)
         for xs, ys in zip(x.split(rows // k), y.split(rows // k)):
@@ -289,10 +296,6 @@ def plain(args):
     return {k: v for k, v in vars(args).items() if k not in ("script", "checkpoint")}
 
 
-def clock(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
 def show(figures):
     return ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
 
@@ -313,12 +316,10 @@ class Run:
         self.args, self.model, self.model_args, self.optimizer = args, model, model_args, optimizer
         self.train, self.validate, self.stop = train, validate, False
         self.average = copy.deepcopy(model).eval().requires_grad_(False)
-        self.epoch = self.step = 0
-        self.rows, self.seconds, self.speeds, self.best, self.pending = [], 0.0, [], math.inf, []
+        self.epoch, self.step, self.rows, self.seconds, self.speeds, self.best, self.pending = 0, 0, [], 0.0, [], math.inf, []
         if args.checkpoint:
             self.load(args.checkpoint)
-        self.dir = self.folder()
-        self.params = sum(p.numel() for p in model.parameters())
+        self.dir, self.params = self.folder(), sum(p.numel() for p in model.parameters())
         print(f"{args.script}: {args.dataset}, {len(train[0]):,} training examples, device {args.device}, "
               f"{self.params:,} parameters, writing to {self.dir}\n "
               + " ".join(f"{k}={v}" for k, v in plain(args).items()), flush=True)
@@ -327,8 +328,8 @@ class Run:
         """Where to write: a new folder, or the run's own when it goes on; never over another run."""
         args, source = self.args, Path(self.args.resume or "").parent
         going_on = args.checkpoint and args.epochs > 0 and not args.dry_run
-        tries = [Path("out", args.script)] + [Path("out", f"{args.script}-{n}") for n in range(2, 10_000)]
-        for folder in [Path(args.out_dir)] if args.out_dir else [source] if going_on else tries:
+        free = [Path("out", args.script + suffix) for suffix in ["", *(f"-{n}" for n in range(2, 10_000))]]
+        for folder in [Path(args.out_dir)] if args.out_dir else [source] if going_on else free:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 if not os.access(folder, os.W_OK):
@@ -342,21 +343,21 @@ class Run:
 
     def __iter__(self):
         (x, y), size = self.train, min(self.args.batch_size, len(self.train[0]))
-        signal.signal(signal.SIGINT, lambda *_: setattr(self, "stop", True))
+        before = signal.signal(signal.SIGINT, lambda *_: setattr(self, "stop", True))
         while self.epoch < self.args.epochs:
             order = torch.Generator().manual_seed(self.args.seed * 10_007 + self.epoch)
             batches = torch.randperm(len(x), generator=order).to(x.device).split(size)[:len(x) // size]
             first, start = len(self.pending), time.time()
-            lit = saved = mark = start
+            shown = saved = mark = start
             self.model.train()
             for i in range(first, len(batches)):
                 yield x[batches[i]], y[batches[i]]
                 self.step += 1
                 self.update_average()
                 now = time.time()
-                if now - lit > 1 and sys.stdout.isatty():
+                if now - shown > 1 and sys.stdout.isatty():
                     print(f"\r  epoch {self.epoch + 1}: {i + 1}/{len(batches)} ", end="", flush=True)
-                    lit = now
+                    shown = now
                 if self.stop or now - saved > 180 and i + 1 < len(batches):
                     self.seconds, mark, saved = self.seconds + now - mark, now, now
                     self.figures()
@@ -364,22 +365,26 @@ class Run:
                 if self.stop:
                     print(f"\nstopped; go on with --resume {self.dir}/checkpoint.pt", flush=True)
                     sys.exit(130)
-            train, speed = self.figures(), (len(batches) - first) * size / (time.time() - start)
-            valid = self.validate(self.average)
-            self.epoch, self.pending, self.seconds = self.epoch + 1, [], self.seconds + time.time() - mark
-            self.speeds.append(speed)
-            self.rows.append({"epoch": self.epoch, "step": self.step, **{f"train_{k}": v for k, v in train.items()},
-                              **{f"valid_{k}": v for k, v in valid.items()}})
-            left = self.seconds / self.epoch * (self.args.epochs - self.epoch)
-            print(("\r" if sys.stdout.isatty() else "") + f"epoch {self.epoch}/{self.args.epochs}  train {show(train)}"
-                  f"  valid {show(valid)}  {speed:,.0f} examples/s  {clock(self.seconds)} gone, {clock(left)} left",
-                  flush=True)
-            value = next(iter(valid.values()))
-            better, self.best = value <= self.best, min(value, self.best)
-            for name in ("best.pt", "checkpoint.pt") if better else ("checkpoint.pt",):
-                self.save(name)
-            write(self.dir / "log.csv", self.write_log)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+            self.speeds.append((len(batches) - first) * size / (time.time() - start))
+            self.end_epoch(mark)
+        signal.signal(signal.SIGINT, before)
+
+    def end_epoch(self, mark):
+        """Validate, log and save; `mark` is since when the time has not been counted."""
+        train, valid = self.figures(), self.validate(self.average)
+        self.epoch, self.pending, self.seconds = self.epoch + 1, [], self.seconds + time.time() - mark
+        self.rows.append({"epoch": self.epoch, "step": self.step, **{f"train_{k}": v for k, v in train.items()},
+                          **{f"valid_{k}": v for k, v in valid.items()}})
+        gone, left = (f"{int(s) // 60}:{int(s) % 60:02d}" for s in (
+            self.seconds, self.seconds / self.epoch * (self.args.epochs - self.epoch)))
+        print(("\r" if sys.stdout.isatty() else "") + f"epoch {self.epoch}/{self.args.epochs}  train {show(train)}  valid "
+              f"{show(valid)}  {self.speeds[-1]:,.0f} examples/s  {gone} gone, {left} left", flush=True)
+        value = next(iter(valid.values()))
+        better, self.best = value <= self.best, min(value, self.best)
+        for name in ("best.pt", "checkpoint.pt") if better else ("checkpoint.pt",):
+            self.save(name)
+        lines = [self.rows[0], *(row.values() for row in self.rows)]
+        write(self.dir / "log.csv", lambda path: path.write_text("".join(",".join(map(str, r)) + "\n" for r in lines)))
 
     def log(self, loss, **figures):
         """Keep this step's means; they stay on the device until the epoch ends."""
@@ -404,12 +409,6 @@ class Run:
         torch._foreach_lerp_(*map(list, zip(*floats)), beta)
         for a, b in others:
             a.copy_(b)
-
-    def write_log(self, path):
-        with open(path, "w", newline="") as file:
-            table = csv.DictWriter(file, self.rows[0])
-            table.writeheader()
-            table.writerows(self.rows)
 
     def save(self, name):
         rng = {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if "cuda" in self.args.device else {})}

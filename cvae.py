@@ -171,7 +171,7 @@ def main(argv=None):
     import common  # here, not above: the class needs torch alone and can be copied without it
     from torchvision.utils import save_image
 
-    p = common.parser(__doc__, epochs=120, batch_size=128, lr=1e-3, test_samples=100)
+    p = common.parser(__doc__, epochs=80, batch_size=128, lr=1e-3, test_samples=100)
     p.add_argument("--condition", choices=("label", "quadrants"), default="label", help="what y is")
     p.add_argument("--quadrants", type=int, choices=(1, 2, 3), default=1, help="how many are observed")
     p.add_argument("--net", choices=("mlp", "conv"), default="mlp", help="kind of networks")

@@ -33,7 +33,7 @@ class SSLVAE(nn.Module):
     """
 
     def __init__(self, shape=(1, 28, 28), z_dim=50, num_classes=10, auxiliary=False,
-                 hidden=(300, 300), channels=(32, 64, 128), a_dim=50):
+                 hidden=(300, 300), channels=(16, 32, 64), a_dim=50):
         super().__init__()
         hidden = (hidden,) if isinstance(hidden, int) else tuple(hidden)
         self.shape, self.z_dim, self.num_classes, self.auxiliary = tuple(shape), z_dim, num_classes, auxiliary
@@ -44,7 +44,7 @@ class SSLVAE(nn.Module):
             nn.Conv2d(shape[0], c1, 5, padding=2), pool(), nn.BatchNorm2d(c1), nn.ReLU(),
             nn.Conv2d(c1, c2, 3, padding=1), nn.BatchNorm2d(c2), nn.ReLU(), pool(),
             nn.Conv2d(c2, c3, 3, padding=1), nn.BatchNorm2d(c3), nn.ReLU(), pool(),
-            nn.Flatten(), nn.Dropout(0.3)).to(memory_format=torch.channels_last)
+            nn.Flatten()).to(memory_format=torch.channels_last)
         features = c3 * math.prod((s + 7) // 8 for s in shape[1:])
         self.head = nn.Linear(features, num_classes)
         # A layer over (x, y, ...) is a sum of one product each: what does not depend on y is computed once.
@@ -148,12 +148,12 @@ def main(argv=None):
     import common  # here, not above: the class needs torch alone and can be copied without it
     from torchvision.utils import save_image
 
-    p = common.parser(__doc__, epochs=15, batch_size=200, lr=1e-3, test_samples=1)
+    p = common.parser(__doc__, epochs=8, batch_size=200, lr=1e-3, test_samples=1)
     p.add_argument("--labels", type=common.at_least(1), default=1000, metavar="N", help="how many labels are given")
     p.add_argument("--z-dim", type=common.at_least(1), default=50, help="size of z")
     p.add_argument("--hidden", type=common.at_least(1), nargs="+", default=[300, 300], metavar="N",
                    help="units of each layer of encoder and decoder")
-    p.add_argument("--alpha", type=common.at_least(0, float), default=20.0, help="weight of the classifier's own term")
+    p.add_argument("--alpha", type=common.at_least(0, float), default=100.0, help="weight of the classifier's own term")
     p.add_argument("--auxiliary", action="store_true", help="the auxiliary variable of Maaloe et al. 2016")
     p.add_argument("--supervised-only", action="store_true", help="learn from the labelled images alone")
     p.add_argument("--no-augment", action="store_true", help="the classifier sees the images as they are")
@@ -197,7 +197,7 @@ def main(argv=None):
 
     run = common.Run(args, model, model_args, optimizer, (x[rest], y[rest]), lambda m: scores(m, *data.valid))
     for x, _ in run:
-        i = torch.randint(n, (min(n, args.batch_size // 2 or 1),), device=x.device)
+        i = torch.randint(n, (min(n, args.batch_size),), device=x.device)
         x_l, y_l = x_labelled[i], y_labelled[i]
         cross_entropy = F.cross_entropy(classify(view(x_l)), y_l)
         u = 0.0 if args.supervised_only else unlabelled(common.binarise(x), view(x)).mean()

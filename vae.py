@@ -129,7 +129,7 @@ def main(argv=None):
     import common  # here, not above: the class needs torch alone and can be copied without it
     from torchvision.utils import save_image
 
-    p = common.parser(__doc__, epochs=120, batch_size=128, lr=1e-3, test_samples=5000)
+    p = common.parser(__doc__, epochs=80, batch_size=128, lr=1e-3, test_samples=5000)
     p.add_argument("--net", choices=("mlp", "conv"), default="mlp", help="kind of encoder and decoder")
     p.add_argument("--hidden", type=common.at_least(1), nargs="+", default=[300, 300], metavar="N",
                    help="mlp: units of each layer; conv: channels at half and at quarter size")
