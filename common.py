@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import signal
 import statistics
 import sys
@@ -92,6 +93,9 @@ def parse(p, argv=None):
         torch.zeros(1, device=args.device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         fail(f"--device {args.device} can't be used here ({first_line(error)}); try auto or cpu")
+    compiler = os.environ.get("CXX", "g++")
+    if args.compile and args.device == "cpu" and not shutil.which(compiler):
+        fail(f"--compile needs a C++ compiler on a CPU, and there is no {compiler}; install one, or leave --compile out")
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)                # tiny numbers would slow a CPU several times
     torch.set_float32_matmul_precision("medium")  # tensor cores; on a CPU, the faster of two libraries
@@ -178,7 +182,8 @@ def glyph_fonts():
     """Those of matplotlib's own fonts that have usual digits, as file names."""
     from matplotlib import get_data_path
     odd = ("LastResort", "Display", "NonUni", "Siz", "cmex", "cmmi", "cmsy")
-    return [str(f) for f in sorted(Path(get_data_path(), "fonts/ttf").glob("*.ttf")) if not any(o in f.name for o in odd)]
+    fonts = sorted(Path(get_data_path(), "fonts/ttf").glob("*.ttf"))
+    return [str(f) for f in fonts if not any(o in f.name for o in odd)]
 
 
 def glyph_images(n, seed):
@@ -316,7 +321,8 @@ class Run:
         self.args, self.model, self.model_args, self.optimizer = args, model, model_args, optimizer
         self.train, self.validate, self.stop = train, validate, False
         self.average = copy.deepcopy(model).eval().requires_grad_(False)
-        self.epoch, self.step, self.rows, self.seconds, self.speeds, self.best, self.pending = 0, 0, [], 0.0, [], math.inf, []
+        self.epoch, self.step, self.seconds, self.best = 0, 0, 0.0, math.inf
+        self.rows, self.speeds, self.pending = [], [], []
         if args.checkpoint:
             self.load(args.checkpoint)
         self.dir, self.params = self.folder(), sum(p.numel() for p in model.parameters())
@@ -377,8 +383,8 @@ class Run:
                           **{f"valid_{k}": v for k, v in valid.items()}})
         gone, left = (f"{int(s) // 60}:{int(s) % 60:02d}" for s in (
             self.seconds, self.seconds / self.epoch * (self.args.epochs - self.epoch)))
-        print(("\r" if sys.stdout.isatty() else "") + f"epoch {self.epoch}/{self.args.epochs}  train {show(train)}  valid "
-              f"{show(valid)}  {self.speeds[-1]:,.0f} examples/s  {gone} gone, {left} left", flush=True)
+        print(("\r" if sys.stdout.isatty() else "") + f"epoch {self.epoch}/{self.args.epochs}  train {show(train)}"
+              f"  valid {show(valid)}  {self.speeds[-1]:,.0f} examples/s  {gone} gone, {left} left", flush=True)
         value = next(iter(valid.values()))
         better, self.best = value <= self.best, min(value, self.best)
         for name in ("best.pt", "checkpoint.pt") if better else ("checkpoint.pt",):
@@ -411,7 +417,9 @@ class Run:
             a.copy_(b)
 
     def save(self, name):
-        rng = {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if "cuda" in self.args.device else {})}
+        rng = {"cpu": torch.get_rng_state()}
+        if "cuda" in self.args.device:
+            rng["cuda"] = torch.cuda.get_rng_state()
         state = {"script": self.args.script, "args": plain(self.args), "model_args": self.model_args,
                  "model": self.average.state_dict(), "weights": self.model.state_dict(),
                  "optimizer": self.optimizer.state_dict(), "rng": rng, **{k: getattr(self, k) for k in self.state}}

@@ -209,7 +209,14 @@ def test_probabilities_sum_to_one():
             given[..., :2], given[..., 2:] = 1.0, -1.0
             whole = torch.cat([torch.ones(4, 1, 1, 2), x[:4, ..., 2:]], -1)
             close(common.log_mean_exp(c(whole, given, 40_000)[2]).exp().sum(), 1, 2e-2)
+        for auxiliary in (False, True):
+            s = ssl_vae.SSLVAE((1, 1, 4), 2, 3, auxiliary, hidden=8, channels=(2, 3, 4), a_dim=2).eval()
+            for last in [s.enc[-1], s.dec[-1], *([s.q_a[-1][-1], s.p_a[-1]] if auxiliary else [])]:
+                last.weight *= 0.3              # a q that importance sampling can work with
+            total = torch.stack([common.log_mean_exp(s.log_weights(x, 4000)) for _ in range(4)])
+            close(common.log_mean_exp(total).exp().sum(), 1, 2e-2)
         g = vae.VAE((1, 1, 1), 8, z_dim=2, likelihood="gaussian")
+        g.enc[-1].weight *= 0.1                 # a wide q, as importance sampling over all x wants it
         line = torch.linspace(-12, 12, 2001)[:, None, None, None]
         close(common.log_mean_exp(g(line, 2000)[2]).exp().sum() * 24 / 2000, 1, 2e-2)
 
@@ -274,6 +281,8 @@ def test_m2_bounds_are_bounds():
     x = binary_images(4)
     for m in (ssl_vae.SSLVAE((1, 1, 4), 2, 3, a, hidden=8, channels=(2, 3, 4), a_dim=2).eval() for a in (False, True)):
         with torch.inference_mode():
+            for last in [m.enc[-1], m.dec[-1], *([m.q_a[-1][-1], m.p_a[-1]] if m.auxiliary else [])]:
+                last.weight *= 0.1              # q near the posterior, so that a term too many shows
             mean = lambda f: sum(f() for _ in range(400)) / 400
             unlabelled = mean(lambda: m.unlabelled_bound(x)).exp().sum()
             labelled = sum(mean(lambda: m.labelled_bound(x, torch.full((16,), c))).exp().sum() for c in range(3))
