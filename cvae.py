@@ -9,6 +9,10 @@
     python cvae.py --condition quadrants --z-dim 0      # the deterministic baseline, no latents
     python cvae.py --epochs 0 --resume out/cvae/best.pt # evaluate and sample only
 
+Measured, MNIST, seed 0, test -log p(x|y) by importance sampling: 82.65 nats given the label (1,000 samples);
+60.13, 41.78 and 19.27 nats for the hidden pixels given 1, 2 and 3 quadrants (100 samples), after 7 to 10
+minutes on one core of a server CPU. More in the README.
+
 Deviations from the paper: gated or residual layers, Adam and a running average of the weights; no
 hybrid objective with Gaussian stochastic networks; the importance samples for log p(x|y) come from
 q(z|x, y), as the paper's "importance sampling" column has it.

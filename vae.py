@@ -10,6 +10,9 @@
     python vae.py --z-dim 2                        # draws the latent plane
     python vae.py --epochs 0 --resume out/vae/best.pt   # evaluate and sample only
 
+Measured, MNIST, seed 0: `python vae.py` ends at a test -log p(x) of 86.99 nats (5,000 importance samples)
+after 3 minutes of training and 4 of testing on two cores of a server CPU. More in the README.
+
 Deviations from the paper: gated or residual layers instead of tanh, Adam instead of Adagrad, a
 running average of the weights instead of a learning-rate schedule, larger networks.
 """
