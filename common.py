@@ -321,6 +321,9 @@ class Run:
         self.args, self.model, self.model_args, self.optimizer = args, model, model_args, optimizer
         self.train, self.validate, self.stop = train, validate, False
         self.average = copy.deepcopy(model).eval().requires_grad_(False)
+        pairs = list(zip(self.average.state_dict().values(), model.state_dict().values()))
+        self.floats = list(map(list, zip(*(p for p in pairs if p[0].is_floating_point()))))
+        self.others = [p for p in pairs if not p[0].is_floating_point()]
         self.epoch, self.step, self.seconds, self.best = 0, 0, 0.0, math.inf
         self.rows, self.speeds, self.pending = [], [], []
         if args.checkpoint:
@@ -334,7 +337,7 @@ class Run:
         """Where to write: a new folder, or the run's own when it goes on; never over another run."""
         args, source = self.args, Path(self.args.resume or "").parent
         going_on = args.checkpoint and args.epochs > 0 and not args.dry_run
-        free = [Path("out", args.script + suffix) for suffix in ["", *(f"-{n}" for n in range(2, 10_000))]]
+        free = [Path("out", args.script), *(Path("out", f"{args.script}-{n}") for n in range(2, 10_000))]
         for folder in [Path(args.out_dir)] if args.out_dir else [source] if going_on else free:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -409,11 +412,8 @@ class Run:
         return dict(zip(self.names, table.mean(0).tolist()))
 
     def update_average(self):
-        beta = 1 - (1 - 1 / self.step) ** (self.gamma + 1)
-        pairs = list(zip(self.average.state_dict().values(), self.model.state_dict().values()))
-        floats, others = ([p for p in pairs if p[0].is_floating_point() == kind] for kind in (True, False))
-        torch._foreach_lerp_(*map(list, zip(*floats)), beta)
-        for a, b in others:
+        torch._foreach_lerp_(*self.floats, 1 - (1 - 1 / self.step) ** (self.gamma + 1))
+        for a, b in self.others:
             a.copy_(b)
 
     def save(self, name):

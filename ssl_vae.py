@@ -77,7 +77,7 @@ class SSLVAE(nn.Module):
         return nn.Sequential(*[m for i, o in zip(sizes, sizes[1:]) for m in (nn.SiLU(), linear(i, o))])
 
     def auxiliaries(self, x):
-        """a ~ q(a|x) (its mean when not training) and log q(a|x); None, 0 in plain M2."""
+        """a ~ q(a|x), (B, a_dim), and log q(a|x), (B,), in nats; None and 0 in plain M2."""
         if not self.auxiliary:
             return None, 0.0
         mu, logvar = self.q_a(x.flatten(1)).chunk(2, -1)

@@ -153,7 +153,7 @@ def main(argv=None):
         p.error("--net conv takes two numbers of channels, such as --hidden 16 32")
 
     data = common.images(args)
-    see = common.binarise if args.likelihood == "bernoulli" else lambda x, seed=None: common.grey(x)
+    see = common.binarise if args.likelihood == "bernoulli" else common.grey
     model_args = dict(shape=data.shape, hidden=tuple(args.hidden), z_dim=args.z_dim,
                       likelihood=args.likelihood, net=args.net)
     model = VAE(**model_args).to(args.device)
@@ -168,7 +168,7 @@ def main(argv=None):
         if args.iw == 1:
             loss = (kl - log_px).mean()
         else:
-            loss = -(torch.logsumexp(log_w, 0) - math.log(args.iw)).mean()
+            loss = -common.log_mean_exp(log_w).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 100.0)
