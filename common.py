@@ -46,14 +46,13 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 
 def at_least(low, kind=int):
-    """An argparse type: a whole number of at least `low`, or a finite float above it."""
+    """An argparse type: a whole number, or with kind=float a finite number, of at least `low`."""
     def convert(text):
         with contextlib.suppress(ValueError, OverflowError):
             value = kind(text)
-            if math.isfinite(value) and (value >= low if kind is int else value > low):
+            if math.isfinite(value) and value >= low:
                 return value
-        rule = f"a whole number of at least {low}" if kind is int else f"a number above {low}"
-        raise argparse.ArgumentTypeError(f"must be {rule}, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a {'whole ' * (kind is int)}number of at least {low}, not {text!r}")
     return convert
 
 
@@ -65,7 +64,7 @@ def parser(doc, epochs, batch_size, lr, test_samples, datasets=("mnist", "fashio
     p.add_argument("--out-dir", help="None: out/SCRIPT, or the next free number after it")
     p.add_argument("--epochs", type=at_least(0), default=epochs, help="train up to this many in all")
     p.add_argument("--batch-size", type=at_least(1), default=batch_size, help="examples in a step")
-    p.add_argument("--lr", type=at_least(0, float), default=lr, help="Adam's learning rate")
+    p.add_argument("--lr", type=at_least(1e-9, float), default=lr, help="Adam's learning rate")
     p.add_argument("--seed", type=at_least(0), default=0, help="of weights, noise and order")
     p.add_argument("--device", default="auto", help="auto takes cuda, then mps, then cpu")
     p.add_argument("--resume", metavar="PATH", help="go on from this checkpoint, with its flags")

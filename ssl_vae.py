@@ -85,6 +85,11 @@ class SSLVAE(nn.Module):
         eps = torch.randn_like(mu)
         return mu + (0.5 * logvar).exp() * eps, -0.5 * (eps ** 2 + logvar + math.log(2 * math.pi)).sum(-1)
 
+    def infer(self, x):
+        """log q(y|a, x), (B, num_classes), at a ~ q(a|x), with that a and log q(a|x)."""
+        a, log_qa = self.auxiliaries(x)
+        return self.logits(x, a).log_softmax(-1), a, log_qa
+
     def logits(self, x, a):
         out = self.head(self.trunk(x))
         return out if a is None else out + self.head_a(a)
@@ -123,16 +128,14 @@ class SSLVAE(nn.Module):
         """A lower bound of log p(x, y) in nats, (B,); x (B, C, H, W) binary, y (B,) int64. Eq. 6."""
         return self.joint_bound(x, y, *self.auxiliaries(x))
 
-    def unlabelled_bound(self, x, view=None):
+    def unlabelled_bound(self, x, inferred=None):
         """A lower bound of log p(x) in nats, (B,), summed exactly over y. Eq. 7.
 
-        view: what q(y|.) and q(a|.) see in place of x, such as x moved about.
+        inferred: `infer` of anything, such as x moved about, in place of `infer(x)`.
         """
-        view = x if view is None else view
-        a, log_qa = self.auxiliaries(view)
-        log_q = self.logits(view, a).log_softmax(-1).T                                    # (C, B)
+        log_q, a, log_qa = inferred or self.infer(x)
         every = torch.arange(self.num_classes, device=x.device)[:, None]
-        return (log_q.exp() * (self.joint_bound(x, every, a, log_qa) - log_q)).sum(0)
+        return (log_q.T.exp() * (self.joint_bound(x, every, a, log_qa) - log_q.T)).sum(0)
 
     def log_weights(self, x, k, view=None):
         """(k, B) log importance weights in nats; the mean of exp of them estimates p(x), exactly summed over y."""
@@ -168,12 +171,14 @@ def main(argv=None):
     import common  # here, not above: the class needs torch alone and can be copied without it
     from torchvision.utils import save_image
 
-    p = common.parser(__doc__, epochs=8, batch_size=200, lr=1e-3, test_samples=50)
+    p = common.parser(__doc__, epochs=12, batch_size=200, lr=1e-3, test_samples=50)
     p.add_argument("--labels", type=common.at_least(1), default=1000, metavar="N", help="how many labels are given")
     p.add_argument("--z-dim", type=common.at_least(1), default=50, help="size of z")
     p.add_argument("--hidden", type=common.at_least(1), nargs="+", default=[300, 300], metavar="N",
                    help="units of each layer of encoder and decoder")
     p.add_argument("--alpha", type=common.at_least(0, float), default=100.0, help="weight of the classifier's own term")
+    p.add_argument("--agree", type=common.at_least(0, float), default=30.0,
+                   help="weight of two views' agreement about y; 0 leaves it out")
     p.add_argument("--auxiliary", action="store_true", help="the auxiliary variable of Maaloe et al. 2016")
     p.add_argument("--supervised-only", action="store_true", help="learn from the labelled images alone")
     p.add_argument("--no-augment", action="store_true", help="the classifier sees the images as they are")
@@ -198,7 +203,8 @@ def main(argv=None):
     model = SSLVAE(**model_args).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
     compiled = torch.compile if args.compile else lambda f: f
-    labelled, unlabelled, classify = map(compiled, (model.labelled_bound, model.unlabelled_bound, model.classify))
+    labelled, unlabelled, infer, classify = map(
+        compiled, (model.labelled_bound, model.unlabelled_bound, model.infer, model.classify))
 
     def view(x):  # what the classifier sees in training
         x = common.grey(x)
@@ -210,7 +216,7 @@ def main(argv=None):
         wrong = sum((m.classify(common.grey(a)).argmax(-1) != b).sum() for a, b in zip(x.split(500), y.split(500)))
 
         def bound(pair, y, k):  # pairs of binary and grey images
-            u = m.unlabelled_bound(*pair.unbind(1)).expand(k, -1)
+            u = m.unlabelled_bound(pair[:, 0], m.infer(pair[:, 1])).expand(k, -1)
             return u, torch.zeros_like(u), m.log_weights(pair[:, 0], k, pair[:, 1]) if samples > 1 else u
         pairs = torch.stack([common.binarise(x, seed), common.grey(x)], 1)
         figures = common.evaluate(bound, pairs, y, samples, rows=512)
@@ -221,14 +227,18 @@ def main(argv=None):
         i = torch.randint(n, (min(n, args.batch_size),), device=x.device)
         x_l, y_l = x_labelled[i], y_labelled[i]
         cross_entropy = F.cross_entropy(classify(view(x_l)), y_l)
-        u = 0.0 if args.supervised_only else unlabelled(common.binarise(x), view(x)).mean()
-        l = labelled(common.binarise(x_l), y_l).mean()
-        loss = -u - weight * l + args.alpha * cross_entropy
+        l, u, differ = labelled(common.binarise(x_l), y_l).mean(), 0.0, 0.0
+        if not args.supervised_only:
+            inferred = infer(view(x))
+            u = unlabelled(common.binarise(x), inferred).mean()
+        if args.agree and not (args.supervised_only or args.no_augment):
+            differ = -torch.logsumexp(inferred[0] + infer(view(x))[0], -1).mean()
+        loss = -u - weight * l + args.alpha * cross_entropy + args.agree * differ
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 100.0)
         optimizer.step()
-        run.log(loss, labelled=-l, unlabelled=-u, cross_entropy=cross_entropy)
+        run.log(loss, labelled=-l, unlabelled=-u, cross_entropy=cross_entropy, differ=differ)
 
     model = run.best_model()
     valid, test = scores(model, *data.valid, seed=1), scores(model, *data.test, seed=2, samples=args.test_samples)
