@@ -8,6 +8,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import inspect
 import io
 import itertools
 import json
@@ -26,13 +27,15 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+import cdraw
 import common
 import cvae
+import draw
 import ssl_vae
 import vae
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ("vae", "cvae", "ssl_vae")
+SCRIPTS = ("vae", "cvae", "ssl_vae", "draw", "cdraw")
 REAL = os.environ.get("SEQVAE_DATA")
 glyphs = functools.lru_cache(common.glyph_images)   # drawn once for all tests of this process
 common.glyph_images = lambda n, seed: glyphs(n, seed)
@@ -67,8 +70,11 @@ def patched(owner, name, value):
 
 
 def no_noise():
-    """Within, torch.randn gives zeros: models become functions of their input."""
-    return patched(torch, "randn", lambda *s, device=None, **_: torch.zeros(*s, device=device))
+    """Within, noise is zero: models become functions of their input."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(patched(torch, "randn", lambda *s, device=None, **_: torch.zeros(*s, device=device)))
+    stack.enter_context(patched(torch, "randn_like", torch.zeros_like))
+    return stack
 
 
 def tiny_glyphs(args):
@@ -82,7 +88,9 @@ def tiny_glyphs(args):
 
 
 SMALL = {"vae": ["--hidden", "16", "--z-dim", "4"], "cvae": ["--hidden", "16", "--z-dim", "4"],
-         "ssl_vae": ["--hidden", "16", "--z-dim", "4", "--labels", "20"]}
+         "ssl_vae": ["--hidden", "16", "--z-dim", "4", "--labels", "20"],
+         "draw": ["--hidden", "16", "--z-dim", "4", "--glimpses", "3"],
+         "cdraw": ["--hidden", "16", "--z-dim", "4", "--glimpses", "3"]}
 
 
 def train(script, *flags, images=tiny_glyphs):
@@ -111,6 +119,13 @@ def models():
         for z_dim in (3, 0):
             m = cvae.CVAE(shape, "quadrants", z_dim=z_dim, hidden=hidden, net=net)
             yield f"cvae {net} quadrants {z_dim}", m, lambda x, k=None, m=m: m(x, cvae.hide(x, 1), k)
+    for attention in (True, False):
+        sizes = dict(glimpses=2, read_size=2, write_size=3, attention=attention, z_dim=3, hidden=5)
+        m = draw.DRAW(shape, **sizes)
+        yield f"draw {attention}", m, lambda x, k=None, m=m: m(x, k)
+        m = cdraw.CDRAW(shape, num_classes=3, **sizes)
+        torch.nn.init.normal_(m.label.weight)
+        yield f"cdraw {attention}", m, lambda x, k=None, m=m: m(x, y[torch.arange(len(x)) % 6], k)
 
 
 # ------------------------------------------------------------------- 1, 2: KL and the bound itself
@@ -203,6 +218,11 @@ def test_probabilities_sum_to_one():
             m.dec[-1].weight *= 4
         c = cvae.CVAE((1, 1, 4), "label", z_dim=2, num_classes=3, hidden=(8,))
         close(common.log_mean_exp(c(x, torch.full((16,), 2), 40_000)[2]).exp().sum(), 1, 2e-2)
+        for attention in (True, False):
+            sizes = dict(glimpses=2, read_size=1, write_size=1, attention=attention, z_dim=2, hidden=4)
+            for m, given in ((draw.DRAW((1, 1, 4), **sizes), ()),
+                             (cdraw.CDRAW((1, 1, 4), **sizes), (torch.full((16,), 2),))):
+                close(common.log_mean_exp(m(x, *given, 20_000)[2]).exp().sum(), 1, 2e-2)
         for z_dim in (2, 0):                    # given x_0 and x_1, the hidden x_2 and x_3
             c = cvae.CVAE((1, 1, 4), "quadrants", z_dim=z_dim, hidden=(8,))
             given = x[:4].clone()
@@ -266,7 +286,7 @@ def ssl_models():
 def test_m2_sum_over_y_is_the_brute_force():
     x = (torch.rand(6, 1, 4, 4) < 0.5).float()
     for m in ssl_models():
-        with no_noise(), patched(torch, "randn_like", torch.zeros_like):
+        with no_noise():
             log_q = m.classify(x).log_softmax(-1)
             expected = sum(log_q[:, c].exp() * (m.labelled_bound(x, torch.full((6,), c)) - log_q[:, c])
                            for c in range(3))
@@ -325,22 +345,137 @@ def test_labels_are_exactly_n_balanced_and_always_the_same():
     assert not torch.equal(ssl_vae.choose_labels(y, 100, 4), ssl_vae.choose_labels(y, 100, 5))
 
 
+# ------------------------------------------------------------------------------------ 6, 7: attention
+
+def test_filterbanks_have_the_centre_and_variance_that_were_asked_for():
+    torch.manual_seed(0)
+    height, width = 40, 60
+    windows = draw.Windows(height, width, (5, 1, 2))
+    raw = torch.tensor([[[0.1, -0.2, math.log(4.0), -2.0, 0.3]] * 3, [[0.0, 0.0, math.log(2.0), -2.5, -0.1]] * 3])
+    f_y, f_x, log_gamma = windows(raw)
+    assert f_y.shape == (2, 8, height) and f_x.shape == (2, 8, width)
+    close(log_gamma, raw[..., 4])
+    for f, rows in ((f_y, torch.arange(height)), (f_x, torch.arange(width))):
+        close(f.sum(-1), torch.ones(2, 8))
+        mean = (f * rows).sum(-1)
+        close((f * rows ** 2).sum(-1) - mean ** 2, torch.tensor([4.0, 2.0])[:, None].expand(2, 8), 1e-3)
+    centre = ((f_x * torch.arange(width)).sum(-1), (f_y * torch.arange(height)).sum(-1))
+    grid = lambda n: torch.arange(n) - (n - 1) / 2
+    for got, size, g in ((centre[0], width, (0.1, 0.0)), (centre[1], height, (-0.2, 0.0))):
+        for b, delta in ((0, math.exp(-2.0)), (1, math.exp(-2.5))):
+            middle = (size + 1) / 2 * (g[b] + 1) - 1          # eq. 22, and pixels counted from 0
+            for n, part in ((5, got[b, :5]), (1, got[b, 5:6]), (2, got[b, 6:])):
+                close(part, middle + grid(n) * delta * (max(height, width) - 1) / max(1, n - 1), 1e-3)
+    moved = raw.clone()
+    moved[..., 1] += 0.1                                        # g_y moves rows only
+    assert torch.equal(windows(moved)[1], f_x) and not torch.allclose(windows(moved)[0], f_y)
+    for extreme in (1e4, -1e4):                                 # off the image, or of no size
+        wild = torch.full((2, 3, 5), extreme, requires_grad=True)
+        f_y, f_x, log_gamma = windows(wild)
+        ((f_y ** 2).sum() + (f_x ** 2).sum() + log_gamma.exp().sum()).backward()
+        assert f_y.isfinite().all() and f_x.isfinite().all() and wild.grad.isfinite().all()
+        close(f_x.sum(-1), torch.ones(2, 8))
+
+
+def test_draw_reads_and_writes_where_the_windows_are():
+    """Windows as large as the image, one narrow filter a pixel: reading is the identity, and so is writing."""
+    torch.manual_seed(0)
+    for channels in (1, 3):
+        m = draw.DRAW((channels, 6, 6), glimpses=1, read_size=6, write_size=6, z_dim=2, hidden=4)
+        raw = torch.tensor([0.0, 0.0, -6.0, 0.0, 0.5]).expand(2, 2, 5).flatten(1)
+        picture = torch.rand(2, 6, 6 * channels)                # rows, then channels, then columns
+        canvas, filters = m.write(torch.zeros_like(picture), torch.cat([picture.flatten(1), raw], -1))
+        close(canvas, picture * math.exp(-0.5), 1e-4)           # 1 / gamma
+        seen = m.read(picture, torch.zeros_like(picture), filters)
+        close(seen, math.exp(0.5) * torch.cat([picture.flatten(1), picture.flatten(1) - 0.5], -1), 1e-4)
+        x = torch.rand(2, channels, 6, 6).round()
+        with no_noise(), torch.no_grad():                       # a canvas written as the picture is the picture
+            m.output.weight.zero_()
+            m.output.bias.copy_(torch.cat([torch.zeros(36 * channels), raw[0]]))
+            m.canvas.copy_((x[0] * 40 - 20).transpose(0, 1).flatten(1))
+            close(m.sample(2)[0, 0], x[0], 1e-4)
+            close(m(x[:1])[0], torch.zeros(1), 1e-4)
+    assert list(inspect.signature(draw.DRAW.sample).parameters) == ["self", "n"]
+    assert list(inspect.signature(cdraw.CDRAW.sample).parameters) == ["self", "y"]
+
+
+def test_draw_noise_differs_between_steps_and_step_kls_add_up():
+    torch.manual_seed(0)
+    x, y = (torch.rand(6, 1, 4, 4) < 0.5).float(), torch.arange(6)
+    sizes = dict(glimpses=4, read_size=2, write_size=3, z_dim=3, hidden=5)
+    for m, given in ((draw.DRAW((1, 4, 4), **sizes), ()), (cdraw.CDRAW((1, 4, 4), **sizes), (y,))):
+        drawn = []
+        normal = torch.randn_like
+        with patched(torch, "randn_like", lambda t: drawn.append(normal(t)) or drawn[-1]):
+            m(x, *given)
+        assert len(drawn) == 4 and len({round(float(d.sum()), 5) for d in drawn}) == 4
+        with no_noise():
+            log_px, kl, log_w = m.terms(x, *given)
+            assert kl.shape == (4, 6) and (kl >= 0).all()
+            close(kl.sum(0), m(x, *given)[1])
+        z = torch.randn(4, 6, 3)
+        changed = z.clone()
+        changed[2] += 1                                         # a step's noise changes its canvas and later ones only
+        a, b = (m.trace(t, *given)[0] for t in (z, changed))
+        assert a.shape == (4, 6, 1, 4, 4) and torch.equal(a[:2], b[:2]) and not torch.allclose(a[2], b[2])
+
+
+def test_draw_of_one_glimpse_without_attention_is_a_vae():
+    """The bound, put together from the networks' own weights as that of a VAE: encoder, KL, decoder, likelihood."""
+    torch.manual_seed(0)
+    x, y, hidden = (torch.rand(6, 1, 4, 5) < 0.5).float(), torch.arange(6), 7
+    sizes = dict(glimpses=1, attention=False, z_dim=3, hidden=hidden)
+    for m, given in ((draw.DRAW((1, 4, 5), **sizes), ()), (cdraw.CDRAW((1, 4, 5), **sizes), (y,))):
+        torch.nn.init.normal_(m.start)
+        label = torch.zeros(6, 8 * hidden)
+        if given:
+            torch.nn.init.normal_(m.label.weight)
+            label = m.label(y)
+
+        def cell(layer, inputs, c, extra):
+            i, f, o, g = (layer(inputs) + extra).chunk(4, -1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            return o.sigmoid() * c.tanh()
+        h_enc, c_enc, h_dec, c_dec = (s.expand(6, -1) for s in m.start)
+        error = x - m.canvas.sigmoid().view(1, 1, 4, 5)
+        inputs = torch.cat([x.flatten(1), error.flatten(1), h_enc, h_dec], -1)
+        mu, logvar = m.posterior(cell(m.encoder, inputs, c_enc, label[:, :4 * hidden])).chunk(2, -1)
+        q, p = torch.distributions.Normal(mu, (0.5 * logvar).exp()), torch.distributions.Normal(0.0, 1.0)
+        torch.manual_seed(5)
+        z = mu + (0.5 * logvar).exp() * torch.randn_like(mu)
+        logits = m.canvas + m.output(cell(m.decoder, torch.cat([z, h_dec], -1), c_dec, label[:, 4 * hidden:])).view(6, 4, 5)
+        expected = torch.distributions.Bernoulli(logits=logits).log_prob(x[:, 0]).sum((1, 2))
+        torch.manual_seed(5)
+        log_px, kl, log_w = m(x, *given)
+        close(log_px, expected, 1e-4)
+        close(kl, torch.distributions.kl_divergence(q, p).sum(-1), 1e-4)
+        close(log_w, expected + (p.log_prob(z) - q.log_prob(z)).sum(-1), 1e-4)
+
+
+def test_draw_and_cdraw_share_their_attention_to_the_letter():
+    for name in ("Windows", "lstm", "animate"):
+        assert inspect.getsource(getattr(draw, name)) == inspect.getsource(getattr(cdraw, name)), name
+    for name in ("read", "write", "begin"):
+        assert inspect.getsource(getattr(draw.DRAW, name)) == inspect.getsource(getattr(cdraw.CDRAW, name)), name
+
+
 # -------------------------------------------------------------------------------------- 11: condition
 
 def test_the_condition_is_used():
-    torch.manual_seed(0)
     x, y = common.glyph_images(2400, seed=0)
     x = common.binarise(x, seed=0)
-    m = cvae.CVAE(hidden=(64,), z_dim=8)
-    optimizer = torch.optim.Adam(m.parameters(), 3e-3)
-    for i in range(150):
-        batch = torch.arange(i * 100, i * 100 + 100) % 2000
-        log_px, kl, _ = m(x[batch], y[batch])
-        optimizer.zero_grad()
-        (kl - log_px).mean().backward()
-        optimizer.step()
-    score = lambda y: common.evaluate(lambda x, y, k: m(x, y, k), x[2000:], y)["neg_elbo"]
-    assert score(y[2000:].roll(7)) > score(y[2000:]) + 1
+    for build in (lambda: cvae.CVAE(hidden=(64,), z_dim=8), lambda: cdraw.CDRAW(glimpses=3, hidden=32, z_dim=4)):
+        torch.manual_seed(0)
+        m = build()
+        optimizer = torch.optim.Adam(m.parameters(), 3e-3)
+        for i in range(120):
+            batch = torch.arange(i * 100, i * 100 + 100) % 2000
+            log_px, kl, _ = m(x[batch], y[batch])
+            optimizer.zero_grad()
+            (kl - log_px).mean().backward()
+            optimizer.step()
+        score = lambda y: common.evaluate(m, x[2000:], y)["neg_elbo"]
+        assert score(y[2000:].roll(7)) > score(y[2000:]) + 1, (score(y[2000:].roll(7)), score(y[2000:]))
 
 
 def test_hidden_pixels_stay_hidden_and_observed_ones_come_back():
@@ -438,8 +573,7 @@ def test_a_second_run_leaves_the_first_alone():
 
 def test_extreme_logits_are_finite():
     for name, m, bound in models():
-        out = list(m.dec.modules())[-1]
-        linear = [p for n, p in m.dec.named_parameters() if n.endswith("bias")][-1]
+        linear = m.canvas if hasattr(m, "canvas") else [p for n, p in m.dec.named_parameters() if n.endswith("bias")][-1]
         for value in (1e4, -1e4):
             with torch.no_grad():
                 linear.fill_(value)
@@ -448,7 +582,7 @@ def test_extreme_logits_are_finite():
             m.zero_grad()
             sum(t.sum() for t in terms).backward()
             assert all(t.isfinite().all() for t in terms), name
-            assert all(p.grad is None or p.grad.isfinite().all() for p in m.parameters()), (name, out)
+            assert all(p.grad is None or p.grad.isfinite().all() for p in m.parameters()), name
     logits = torch.tensor([1e4, -1e4, 0.0], requires_grad=True)
     value = vae.bernoulli_log_px(torch.tensor([1.0, 1.0, 1.0]), logits)
     value.backward()
@@ -473,8 +607,13 @@ PATHS = {
              ["--net", "conv", "--hidden", "4", "8", "--condition", "quadrants", "--quadrants", "3"]],
     "ssl_vae": [["--labels", "100"], ["--labels", "100", "--auxiliary", "--no-augment"],
                 ["--labels", "100", "--supervised-only"]],
+    "draw": [["--glimpses", "3"], ["--glimpses", "12", "--read-size", "1", "--write-size", "28", "--hidden", "8"],
+             ["--no-attention", "--glimpses", "1", "--hidden", "8"]],
+    "cdraw": [["--glimpses", "2"], ["--glimpses", "2", "--no-attention", "--digits", "31", "--hidden", "8"]],
 }
-PICTURES = {"vae": ("reconstructions", "interpolation"), "cvae": (), "ssl_vae": ("analogies",)}
+PICTURES = {"vae": ("samples.png", "reconstructions.png", "interpolation.png"), "cvae": ("samples.png",),
+            "ssl_vae": ("samples.png", "analogies.png"), "draw": ("samples.png", "drawing.gif"),
+            "cdraw": ("samples.png", "drawing.gif")}
 
 
 def test_every_script_and_path_as_a_user_runs_it():
@@ -491,8 +630,7 @@ def test_every_script_and_path_as_a_user_runs_it():
                 with contextlib.redirect_stdout(io.StringIO()):
                     __import__(script).main([*path, "--batch-size", "50"])
             for i, _ in enumerate(paths):
-                names = ("checkpoint.pt", "best.pt", "log.csv", "results.json", "samples.png",
-                         *(f"{p}.png" for p in PICTURES[script]))
+                names = ("checkpoint.pt", "best.pt", "log.csv", "results.json", *PICTURES[script])
                 assert all(Path(f"{script}{i}", n).stat().st_size for n in names), (script, i)
                 result = json.loads(Path(f"{script}{i}", "results.json").read_text())
                 needed = {"script", "dataset", "args", "params", "epochs", "seconds", "examples_per_second",
@@ -511,6 +649,10 @@ COPIED = {
     "ssl_vae": "m = SSLVAE((1, 6, 7), z_dim=2, hidden=8);"
                "loss = lambda: -(m.labelled_bound(x, y) + m.unlabelled_bound(x)).mean()"
                " + torch.nn.functional.cross_entropy(m.classify(x), y); s = lambda: m.sample(y[:3])",
+    "draw": "m = DRAW((1, 6, 7), glimpses=3, hidden=16, z_dim=2); loss = lambda: sum((k - l).mean() for l, k, _ in [m(x)]);"
+            "s = lambda: m.sample(3)[-1]",
+    "cdraw": "m = CDRAW((1, 6, 7), glimpses=3, hidden=16, z_dim=2);"
+             "loss = lambda: sum((k - l).mean() for l, k, _ in [m(x, y)]); s = lambda: m.sample(y[:3])[-1]",
 }
 
 
@@ -561,7 +703,7 @@ def test_bad_input_gets_one_line_and_status_2():
             ("vae", ["--epochs", "-1"], "--epochs: must be a whole number of at least 0"),
             ("vae", ["--epochs", "1.5"], "--epochs"),
             ("vae", ["--batch-size", "0"], "--batch-size: must be a whole number of at least 1"),
-            ("vae", ["--lr", "0"], "--lr: must be a number above 0"),
+            ("vae", ["--lr", "0"], "--lr: must be a number of at least 1e-09"),
             ("vae", ["--lr", "nan"], "--lr"),
             ("vae", ["--lr", "fast"], "--lr"),
             ("vae", ["--seed", "-3"], "--seed"),
@@ -596,6 +738,16 @@ def test_bad_input_gets_one_line_and_status_2():
             ("ssl_vae", [*glyph, "--labels", "60000"], "up to"),
             ("ssl_vae", [*glyph, "--labels", "0"], "--labels"),
             ("ssl_vae", ["--alpha", "-1"], "--alpha"),
+            ("ssl_vae", ["--agree", "inf"], "--agree"),
+            ("draw", ["--glimpses", "0"], "--glimpses"),
+            ("draw", ["--read-size", "0"], "--read-size"),
+            ("draw", [*glyph, "--read-size", "29"], "at most 28"),
+            ("draw", [*glyph, "--write-size", "29"], "at most 28"),
+            ("draw", ["--resume", "run/best.pt"], "written by vae.py"),
+            ("cdraw", ["--digits", "x"], "--digits 'x': must be digits"),
+            ("cdraw", ["--digits", ""], "must be digits"),
+            ("cdraw", ["--glimpses", "two"], "--glimpses"),
+            ("cdraw", ["--resume", "run/best.pt"], "written by vae.py"),
         ]
         before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in here.rglob("*") if p.is_file()}
         for script, flags, text in table:
