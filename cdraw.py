@@ -213,7 +213,6 @@ def main(argv=None):
     p.add_argument("--write-size", type=common.at_least(1), default=5, help="filters a side of the writing window")
     p.add_argument("--no-attention", action="store_true", help="read and write whole images")
     p.add_argument("--z-dim", type=common.at_least(1), default=100, help="size of z at a time step")
-    p.add_argument("--hidden", type=common.at_least(1), default=256, help="units of each LSTM")
     p.add_argument("--digits", help="draw these, such as 3141592, a row each; None: every label")
     args = common.parse(p, argv)
     if args.digits is not None and not (args.digits.isascii() and args.digits.isdigit()):
@@ -225,7 +224,7 @@ def main(argv=None):
             p.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: images of {data.shape[1]}x{data.shape[2]} "
                     f"pixels take at most {min(data.shape[1:])}")
     model_args = dict(shape=data.shape, num_classes=data.num_classes, glimpses=args.glimpses, read_size=args.read_size,
-                      write_size=args.write_size, attention=not args.no_attention, z_dim=args.z_dim, hidden=args.hidden)
+                      write_size=args.write_size, attention=not args.no_attention, z_dim=args.z_dim)
     model = CDRAW(**model_args).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
 

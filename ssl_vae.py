@@ -5,6 +5,7 @@
     labelled           log p(x, y) >= L(x, y) = E_q[log p(x|y, z) + log p(y)] - KL(q(z|x, y) || p(z))  (eq. 6)
     unlabelled         log p(x) >= U(x) = sum_y q(y|x) L(x, y) + H(q(y|x)), summed exactly             (eq. 7)
     objective          mean U + mean L * labelled / unlabelled + alpha * mean log q(y|x) on the labels (eq. 9)
+                       + 0.3 alpha * mean log sum_y q(y|x') q(y|x'') over two views x', x'' of unlabelled images
     with --auxiliary   q(a|x), q(y|a, x), q(z|a, y, x), p(a|z, y, x):  + log p(a|z, y, x) - log q(a|x) inside L
 
     python ssl_vae.py --labels 100
@@ -174,11 +175,7 @@ def main(argv=None):
     p = common.parser(__doc__, epochs=12, batch_size=200, lr=1e-3, test_samples=50)
     p.add_argument("--labels", type=common.at_least(1), default=1000, metavar="N", help="how many labels are given")
     p.add_argument("--z-dim", type=common.at_least(1), default=50, help="size of z")
-    p.add_argument("--hidden", type=common.at_least(1), nargs="+", default=[300, 300], metavar="N",
-                   help="units of each layer of encoder and decoder")
-    p.add_argument("--alpha", type=common.at_least(0, float), default=100.0, help="weight of the classifier's own term")
-    p.add_argument("--agree", type=common.at_least(0, float), default=30.0,
-                   help="weight of two views' agreement about y; 0 leaves it out")
+    p.add_argument("--alpha", type=common.at_least(0, float), default=100.0, help="weight of the classifier's own terms")
     p.add_argument("--auxiliary", action="store_true", help="the auxiliary variable of Maaloe et al. 2016")
     p.add_argument("--supervised-only", action="store_true", help="learn from the labelled images alone")
     p.add_argument("--no-augment", action="store_true", help="the classifier sees the images as they are")
@@ -199,7 +196,7 @@ def main(argv=None):
     weight = n / max(1, int(rest.sum()))
 
     model_args = dict(shape=data.shape, z_dim=args.z_dim, num_classes=data.num_classes,
-                      auxiliary=args.auxiliary, hidden=tuple(args.hidden))
+                      auxiliary=args.auxiliary)
     model = SSLVAE(**model_args).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
     compiled = torch.compile if args.compile else lambda f: f
@@ -231,9 +228,9 @@ def main(argv=None):
         if not args.supervised_only:
             inferred = infer(view(x))
             u = unlabelled(common.binarise(x), inferred).mean()
-        if args.agree and not (args.supervised_only or args.no_augment):
-            differ = -torch.logsumexp(inferred[0] + infer(view(x))[0], -1).mean()
-        loss = -u - weight * l + args.alpha * cross_entropy + args.agree * differ
+            if not args.no_augment:  # -log of the probability that two views' labels, drawn from q, are the same
+                differ = -torch.logsumexp(inferred[0] + infer(view(x))[0], -1).mean()
+        loss = -u - weight * l + args.alpha * (cross_entropy + 0.3 * differ)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 100.0)
