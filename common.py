@@ -6,19 +6,27 @@ script copied elsewhere without it still defines, trains and samples its model.
 import argparse
 import contextlib
 import copy
+import hashlib
 import inspect
+import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
+import wave
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -118,7 +126,7 @@ def images(args):
                   "Using glyphs instead: digits drawn from matplotlib's fonts.", flush=True)
         name, (x, y), sizes = "glyphs", glyph_images(24_000, seed=0), (20_000, 2_000, 2_000)
         splits = zip(x.split(sizes), y.split(sizes))
-    args.dataset, n = name, args.batch_size if args.dry_run else None
+    args.dataset, n = name, (args.batch_size or 32) if args.dry_run else None
     train, valid, test = [[t[:n].to(args.device) for t in split] for split in splits]
     return SimpleNamespace(train=train, valid=valid, test=test, shape=tuple(train[0].shape[1:]), num_classes=10)
 
@@ -226,6 +234,166 @@ def glyph_strokes(n, seed, step=0.08):
     return sequences, y
 
 
+def sequences(args):
+    """The sequence data set of the flags, whole, on the device; sets args.dataset to what was found.
+
+    Returns `train`, `valid`, `test`, each (x, lengths, y): x (N, T, D), padded with zeros, as uint8 rows of images or
+    as floats divided by `scale`; lengths (N,), on the CPU; y (N,) int64. `unit` is the step, in x, of the integers
+    that the values were recorded as, 0 for none, and `kind` is "rows", "pen" or "speech". num_classes is 0 without labels.
+    """
+    name = args.dataset
+    if name in ("pendigits", "iam-ondb", "speech", "wav"):
+        load = {"pendigits": pendigits, "iam-ondb": iam_ondb, "speech": spoken_digits, "wav": wav_folder}[name]
+        parts, unit, kind = load(Path(args.data_dir)), 1.0, "speech" if name in ("speech", "wav") else "pen"
+    else:
+        data = images(args) if name != "glyphs" else None
+        if data and args.dataset != "glyphs":
+            parts = [(x.flatten(1, 2), torch.full((len(x),), x.shape[1] * x.shape[2]), y)
+                     for x, y in (data.train, data.valid, data.test)]
+            return SimpleNamespace(train=parts[0], valid=parts[1], test=parts[2], kind="rows", scale=1.0, unit=0.0,
+                                   num_classes=data.num_classes)
+        x, y = glyph_strokes(6000, seed=0)
+        parts, unit, kind = [(x[a:b], y[a:b]) for a, b in ((0, 5000), (5000, 5500), (5500, 6000))], 0.0, "pen"
+    signal = slice(None) if kind == "speech" else slice(2)
+    scale = float(torch.cat([s[:, signal] for s in parts[0][0]]).square().mean().sqrt()) or 1.0
+    longest, n = max(len(s) for x, _ in parts for s in x), (args.batch_size or 32) if args.dry_run else None
+    ready = []
+    for x, y in parts:
+        padded = torch.zeros(len(x[:n]), longest, x[0].shape[1])
+        for row, s in zip(padded, x):
+            row[:len(s)] = s
+            row[:, signal] /= scale
+        ready.append((padded.to(args.device), torch.tensor([len(s) for s in x[:n]]), torch.as_tensor(y[:n]).to(args.device)))
+    return SimpleNamespace(train=ready[0], valid=ready[1], test=ready[2], kind=kind, scale=scale, unit=unit / scale,
+                           num_classes=10 if max(parts[0][1]) > 0 else 0)
+
+
+def strokes_to_moves(strokes, file, limit=2000):
+    """Lists of (x, y) points -> (T, 3) rows of (dx, dy, pen-up), pen-up 1 at the last point of a stroke."""
+    strokes = [s for s in strokes if s]
+    points = torch.tensor([[*p, i == len(s) - 1] for s in strokes for i, p in enumerate(s)], dtype=torch.float32)
+    if not 0 < len(points) <= limit:
+        fail(f"{file}: has {len(points)} points; a sequence has 1 to {limit}")
+    points[1:, :2] = points[1:, :2].diff(dim=0, prepend=points[:1, :2])
+    points[0, :2] = 0
+    return points
+
+
+def pendigits(root):
+    """Pen-Based Recognition of Handwritten Digits (Alpaydin & Alimoglu 1998), UNIPEN text: three lists of (x, y)."""
+    folder, parts = root / "pendigits", []
+    if not (folder / "pendigits-orig.tes.Z").exists():
+        download("https://archive.ics.uci.edu/static/public/81/pen+based+recognition+of+handwritten+digits.zip", folder,
+                 "1e02bea023613c2b11c9492f6f34caf975420455934f3527d270cee9a1f03b64", r"pendigits-orig\.t(ra|es)\.Z")
+    for file, size in (("pendigits-orig.tra.Z", 7494), ("pendigits-orig.tes.Z", 3498)):
+        done = subprocess.run(["gzip", "-dc", str(folder / file)], capture_output=True)   # Python has no LZW
+        digits = done.stdout.decode("latin-1").split(".SEGMENT DIGIT")[1:]
+        if done.returncode or len(digits) != size:
+            fail(f"{folder / file}: damaged, {len(digits)} digits of {size}; delete it to download it again")
+        x = [[[tuple(map(float, p.split())) for p in re.findall(r"^ *-?\d+ +-?\d+ *$", stroke, re.M)]
+              for stroke in re.findall(r"\.PEN_DOWN(.*?)\.PEN_UP", d, re.S)] for d in digits]
+        y = [int(re.search(r'"(\d)"', d)[1]) for d in digits]
+        parts.append(([strokes_to_moves(s, folder / file) for s in x], y))
+    (x, y), test = parts
+    n = len(x) // 10
+    return (x[:-n], y[:-n]), (x[-n:], y[-n:]), test
+
+
+def iam_ondb(root):
+    """The user's copy of the IAM On-Line Handwriting Database's lineStrokes: three lists of (x, y), y all 0.
+
+    Split by trainset.txt, testset_v.txt and testset_f.txt if they are in `root`, else by writers' folders, 8 : 1 : 1.
+    """
+    files, lists = sorted(root.glob("**/lineStrokes/**/*.xml")), ("trainset.txt", "testset_v.txt", "testset_f.txt")
+    if not files:
+        fail(f"no lineStrokes/**/*.xml in {root}; IAM-OnDB has to be registered for and downloaded by hand")
+    names = [set((root / f).read_text().split()) if (root / f).exists() else None for f in lists]
+    folders = sorted({f.parent for f in files})
+    parts = [], [], []
+    for file in files:
+        if None in names:
+            i = {8: 1, 9: 2}.get(folders.index(file.parent) % 10 if len(folders) > 9 else 9 - folders.index(file.parent), 0)
+        else:
+            i = next((i for i, part in enumerate(names) if file.stem.rsplit("-", 1)[0] in part), None)
+        try:
+            strokes = [[(float(p.get("x")), -float(p.get("y"))) for p in s.iter("Point")]
+                       for s in ElementTree.parse(file).iter("Stroke")]
+        except (ElementTree.ParseError, TypeError, ValueError) as error:
+            fail(f"{file}: not a file of strokes ({first_line(error)})")
+        if i is not None:
+            parts[i].append(strokes_to_moves(strokes, file))
+    return three_parts(parts, root)
+
+
+def three_parts(parts, root):
+    if not all(parts):
+        fail(f"{root}: {' / '.join(str(len(p)) for p in parts)} sequences for training / validation / test; each needs one")
+    return [(p, [0] * len(p)) for p in parts]
+
+
+def spoken_digits(root, rate=8000):
+    """Free Spoken Digit Dataset: recordings 0-4 test, 5-9 validation, the others training; three lists of (x, y)."""
+    folder = root / "free-spoken-digit-dataset-1.0.10" / "recordings"
+    if not folder.exists():
+        download("https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.zip", folder,
+                 None, r".*/recordings/(\d_[a-z]+_\d+\.wav)")
+    parts = [], [], []
+    for file in sorted(folder.glob("*_*_*.wav")):
+        digit, _, index = file.stem.split("_")
+        parts[2 if int(index) < 5 else 1 if int(index) < 10 else 0].append((frames(file, rate), int(digit)))
+    if not all(parts):
+        fail(f"{folder}: recordings are missing; delete it to download it again")
+    return [tuple(zip(*p)) for p in parts]
+
+
+def wav_folder(root, rate=8000):
+    """All WAV files below a folder, in a fixed random order, 8 : 1 : 1; three lists of (x, y), y all 0."""
+    files = sorted(root.glob("**/*.wav"))
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
+    x = [frames(files[i], rate) for i in order]
+    n = max(1, len(x) // 10)
+    return three_parts((x[2 * n:], x[n:2 * n], x[:n]), root)
+
+
+def frames(file, rate, size=200, limit=2000):
+    """A WAV file, mono or stereo, 16 bit, as (T, size) samples at `rate`, in units of its integers; the end padded with 0."""
+    try:
+        with wave.open(str(file)) as w:
+            data, channels, width, old = w.readframes(w.getnframes()), w.getnchannels(), w.getsampwidth(), w.getframerate()
+    except (wave.Error, EOFError, OSError) as error:
+        fail(f"{file}: not a WAV file ({first_line(error)})")
+    if width != 2 or channels not in (1, 2):
+        fail(f"{file}: {8 * width} bit and {channels} channels; must be 16 bit, and mono or stereo")
+    x = torch.from_numpy(np.frombuffer(data[:len(data) // (2 * channels) * 2 * channels], "<i2").astype(np.float32))
+    x = x.view(-1, channels).mean(1)
+    if old != rate and len(x):   # in frequency: what the new rate can't hold is left out
+        n = max(1, round(len(x) * rate / old))
+        x = torch.fft.irfft(torch.fft.rfft(x)[:n // 2 + 1], n) * (n / len(x))
+    if not 0 < len(x) <= limit * size:
+        fail(f"{file}: {len(x)} samples at {rate} Hz; must be 1 to {limit * size}")
+    return F.pad(x, (0, -len(x) % size)).view(-1, size)
+
+
+def download(url, folder, sha256, members):
+    """Fetch a zip, check it, and put the members whose whole name fits the pattern, flat, into `folder`.
+
+    Nothing bears its final name before it is whole.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                content = answer.read()
+            if sha256 and hashlib.sha256(content).hexdigest() != sha256:
+                raise OSError("its checksum is wrong")
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                for member in filter(re.compile(members).fullmatch, archive.namelist()):
+                    (Path(place) / Path(member).name).write_bytes(archive.read(member))
+            shutil.copytree(place, folder, dirs_exist_ok=True)
+    except (OSError, zipfile.BadZipFile) as error:
+        fail(f"can't download {url} into {folder} ({first_line(error)}); put the files there by hand, or use --dataset glyphs")
+
+
 def grey(x, seed=None):
     """uint8 images as floats in [0, 1]."""
     return x.float() / 255
@@ -307,7 +475,8 @@ def show(figures):
 class Run:
     """The batches that are left to train on, and what has to be done between them.
 
-    Iterating yields (x, y) of the training split, shuffled anew each epoch by the seed. After every step the
+    Iterating yields (x, y) of the training split, shuffled anew each epoch by the seed; of (x, lengths, y) it
+    yields sequences of like lengths together. After every step the
     weights enter a running average with the profile t^gamma (Karras et al. 2024, sec. 3.1), which does what a
     falling learning rate would, without knowing when training ends. After every epoch come the validation of
     the averaged model, validate(model) -> dict whose first value is to be minimised, a line of the log, and
@@ -350,30 +519,34 @@ class Run:
         fail(f"{folder} already holds a run; choose another --out-dir, or --resume {folder}/checkpoint.pt")
 
     def __iter__(self):
-        (x, y), size = self.train, min(self.args.batch_size, len(self.train[0]))
+        n, size = len(self.train[0]), min(self.args.batch_size, len(self.train[0]))
         before = signal.signal(signal.SIGINT, lambda *_: setattr(self, "stop", True))
         while self.epoch < self.args.epochs:
-            order = torch.Generator().manual_seed(self.args.seed * 10_007 + self.epoch)
-            batches = torch.randperm(len(x), generator=order).to(x.device).split(size)[:len(x) // size]
+            g = torch.Generator().manual_seed(self.args.seed * 10_007 + self.epoch)
+            order = torch.randperm(n, generator=g)[:n // size * size]
+            if len(self.train) == 3:
+                order = order[self.train[1][order].argsort(stable=True)]
+                order = order.view(-1, size)[torch.randperm(n // size, generator=g)].flatten()
+            batches = {d: order.to(d).split(size) for d in {t.device for t in self.train}}
             first, start = len(self.pending), time.time()
             shown = saved = mark = start
             self.model.train()
-            for i in range(first, len(batches)):
-                yield x[batches[i]], y[batches[i]]
+            for i in range(first, n // size):
+                yield tuple(t[batches[t.device][i]] for t in self.train)
                 self.step += 1
                 self.update_average()
                 now = time.time()
                 if now - shown > 1 and sys.stdout.isatty():
-                    print(f"\r  epoch {self.epoch + 1}: {i + 1}/{len(batches)} ", end="", flush=True)
+                    print(f"\r  epoch {self.epoch + 1}: {i + 1}/{n // size} ", end="", flush=True)
                     shown = now
-                if self.stop or now - saved > 180 and i + 1 < len(batches):
+                if self.stop or now - saved > 180 and i + 1 < n // size:
                     self.seconds, mark, saved = self.seconds + now - mark, now, now
                     self.figures()
                     self.save("checkpoint.pt")
                 if self.stop:
                     print(f"\nstopped; go on with --resume {self.dir}/checkpoint.pt", flush=True)
                     sys.exit(130)
-            self.speeds.append((len(batches) - first) * size / (time.time() - start))
+            self.speeds.append((n // size - first) * size / (time.time() - start))
             self.end_epoch(mark)
         signal.signal(signal.SIGINT, before)
 

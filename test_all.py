@@ -21,6 +21,8 @@ import tempfile
 import threading
 import time
 import traceback
+import wave
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,9 +35,10 @@ import cvae
 import draw
 import ssl_vae
 import vae
+import vrnn
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ("vae", "cvae", "ssl_vae", "draw", "cdraw")
+SCRIPTS = ("vae", "cvae", "ssl_vae", "draw", "cdraw", "vrnn")
 REAL = os.environ.get("SEQVAE_DATA")
 glyphs = functools.lru_cache(common.glyph_images)   # drawn once for all tests of this process
 common.glyph_images = lambda n, seed: glyphs(n, seed)
@@ -90,14 +93,24 @@ def tiny_glyphs(args):
 SMALL = {"vae": ["--hidden", "16", "--z-dim", "4"], "cvae": ["--hidden", "16", "--z-dim", "4"],
          "ssl_vae": ["--z-dim", "4", "--labels", "20"],
          "draw": ["--hidden", "16", "--z-dim", "4", "--glimpses", "3"],
-         "cdraw": ["--z-dim", "4", "--glimpses", "3"]}
+         "cdraw": ["--z-dim", "4", "--glimpses", "3"], "vrnn": ["--z-dim", "4", "--mixtures", "2"]}
 
 
-def train(script, *flags, images=tiny_glyphs):
+def tiny_strokes(args):
+    """common.sequences, cut to what a test can train on."""
+    x, y = common.glyph_strokes(170, seed=0)
+    lengths = torch.tensor([min(len(s), 25) for s in x])
+    padded = torch.nn.utils.rnn.pad_sequence(x, batch_first=True)[:, :25].to(args.device)
+    args.dataset = "glyphs"
+    parts = [(padded[a:b], lengths[a:b], y[a:b]) for a, b in ((0, 100), (100, 130), (130, 170))]
+    return SimpleNamespace(train=parts[0], valid=parts[1], test=parts[2], kind="pen", scale=1.0, unit=0.0, num_classes=10)
+
+
+def train(script, *flags, images=tiny_glyphs, sequences=tiny_strokes):
     """Run main() in this process on a tiny set; returns what it printed."""
-    out = io.StringIO()
-    with patched(common, "images", images), contextlib.redirect_stdout(out):
-        __import__(script).main(["--batch-size", "100", "--test-samples", "5", *SMALL[script], *map(str, flags)])
+    out, size = io.StringIO(), "50" if script == "vrnn" else "100"
+    with patched(common, "images", images), patched(common, "sequences", sequences), contextlib.redirect_stdout(out):
+        __import__(script).main(["--batch-size", size, "--test-samples", "5", *SMALL[script], *map(str, flags)])
     return out.getvalue()
 
 
@@ -459,6 +472,180 @@ def test_draw_and_cdraw_share_their_attention_to_the_letter():
         assert inspect.getsource(getattr(draw.DRAW, name)) == inspect.getsource(getattr(cdraw.CDRAW, name)), name
 
 
+# --------------------------------------------------------------------------------- 8, 9: VRNN, padding
+
+def vrnns(stops=(False, True), **sizes):
+    """One of each code path of the VRNN: its name, the model, x (T, B, D), lengths and labels."""
+    lengths, y = torch.tensor([5, 3, 1, 4]), torch.tensor([0, 2, 1, 2])
+    for likelihood, prior, z_dim, stop in itertools.product(
+            ("bernoulli", "gaussian", "pen"), ("learned", "standard"), (2, 0), stops):
+        torch.manual_seed(0)
+        d = 3 if likelihood == "pen" else 4
+        m = vrnn.VRNN(d, z_dim, likelihood, prior, 3, stop, **{"mixtures": 2, "hidden": 7, "features": 6, **sizes})
+        x = torch.randn(5, 4, d)
+        if likelihood != "gaussian":
+            x[..., 2 if likelihood == "pen" else 0:] = (x[..., 2 if likelihood == "pen" else 0:] > 0).float()
+        yield f"{likelihood} {prior} {z_dim} {stop}", m, x, lengths, y
+
+
+def test_vrnn_terms_are_per_sequence_and_importance_weights_average_to_the_bound():
+    for name, m, x, lengths, y in vrnns():
+        with torch.inference_mode():
+            log_px, kl, log_w = m(x, lengths, y, 4000)
+            assert log_px.shape == kl.shape == log_w.shape == (4000, 4), name
+            difference = log_px - kl - log_w
+            assert (difference.mean(0).abs() < 6 * difference.std(0) / 4000 ** 0.5 + 1e-4).all(), name
+            with no_noise():
+                for once, twice in zip(m(x, lengths, y), m(x.repeat(1, 2, 1), lengths.repeat(2), y.repeat(2))):
+                    close(twice, once.repeat(2), 1e-4)
+                once, many = m(x, lengths, y), m(x, lengths, y, 3)
+                close(many[2], once[2].expand(3, -1), 1e-4)
+            assert m.z_dim or kl.abs().sum() == 0
+
+
+def test_vrnn_probabilities_sum_to_one():
+    torch.manual_seed(0)
+    for mixtures, likelihood in itertools.product((1, 3), ("pen", "gaussian")):
+        m = vrnn.VRNN(3 if likelihood == "pen" else 2, 2, likelihood, mixtures=mixtures, hidden=4, features=4)
+        out = torch.randn(m.out[-1].out_features)
+        at = torch.linspace(-16, 16, 801)
+        grid = torch.cartesian_prod(at, at)
+        total = 0.0
+        for up in (0.0, 1.0) if likelihood == "pen" else (None,):
+            points = grid if up is None else torch.cat([grid, torch.full((len(grid), 1), up)], -1)
+            total = total + m.log_px(points, out).exp().sum() * (at[1] - at[0]) ** 2
+        close(total, 1, 1e-3)
+    x = binary_images(4).view(16, 2, 2).transpose(0, 1)         # every sequence of two steps of two
+    for z_dim, prior in ((2, "learned"), (2, "standard"), (0, "learned")):
+        m = vrnn.VRNN(2, z_dim, "bernoulli", prior, hidden=4, features=4)
+        with torch.inference_mode():
+            close(common.log_mean_exp(m(x, torch.full((16,), 2), k=20_000)[2]).exp().sum(), 1, 2e-2)
+    m = vrnn.VRNN(2, 0, "bernoulli", stop=True, hidden=4, features=4)
+    whole = torch.cat([x, torch.zeros(1, 16, 2)])
+    one, two, more = (m.terms(whole, torch.full((16,), n))[2].exp() for n in (1, 2, 3))
+    close(one[0, ::4].sum() + two[:2].prod(0).sum() + more[:2].prod(0).sum(), 1, 1e-4)   # ends at 1, at 2, later
+
+
+def test_vrnn_priors_see_the_past_alone_and_the_last_step_reaches_the_first():
+    for name, m, x, lengths, y in vrnns():
+        lengths = torch.full((4,), 5)
+        if m.z_dim:
+            seen, prior_of = [], m.prior_of
+            m.prior_of = lambda h, label: seen.append(torch.cat(prior_of(h, label), -1)) or seen[-1].chunk(2, -1)
+            changed = x.clone()
+            changed[2] = 1 - changed[2]
+            with no_noise():
+                m(x, lengths, y), m(changed, lengths, y)
+            before, after = seen
+            assert torch.equal(before[:3], after[:3]), name
+            assert torch.equal(before, after) if m.prior is None else not torch.allclose(before[3], after[3], atol=1e-6), name
+            assert m.prior is not None or (before == 0).all(), name
+        x = x.clone().requires_grad_()
+        m.terms(x, lengths, y)[0][-1].sum().backward()
+        assert (x.grad[0].abs().sum(-1) > 0).all(), name
+
+
+def test_vrnn_of_one_step_is_a_vae():
+    for name, m, x, _, y in vrnns(stops=(False,)):
+        torch.nn.init.normal_(m.start)
+        x, h = x[:1], m.start.expand(4, -1)
+        _, enc, prior, out = m.label(y).split(m.sizes, -1)
+        torch.manual_seed(3)
+        log_px, kl, log_w = m(x, torch.ones(4, dtype=torch.int64), y)
+        torch.manual_seed(3)
+        if m.z_dim:
+            mu, logvar = m.enc(m.enc_x(m.phi_x(x[0])) + m.enc_h(h) + enc).chunk(2, -1)
+            q = torch.distributions.Normal(mu, (0.5 * logvar).exp())
+            mu_p, logvar_p = m.prior(m.prior_h(h) + prior).chunk(2, -1) if m.prior else (0 * mu, 0 * mu)
+            p = torch.distributions.Normal(mu_p, (0.5 * logvar_p).exp())
+            z = mu + q.scale * torch.randn_like(mu)
+            parameters = m.out(m.out_h(h) + out + m.out_z(m.phi_z(z)))
+            close(kl, torch.distributions.kl_divergence(q, p).sum(-1), 1e-4)
+            ratio = (p.log_prob(z) - q.log_prob(z)).sum(-1)
+        else:
+            parameters, ratio = m.out(m.out_h(h) + out), 0
+        if m.likelihood == "bernoulli":
+            expected = torch.distributions.Bernoulli(logits=parameters).log_prob(x[0]).sum(-1)
+        elif m.likelihood == "gaussian":
+            w, mu, logvar = parameters[:, :2], parameters[:, 2:10].view(4, 2, 4), parameters[:, 10:].view(4, 2, 4)
+            each = torch.distributions.Normal(mu, (0.5 * logvar).exp())
+            expected = torch.logsumexp(w.log_softmax(-1) + each.log_prob(x[0][:, None]).sum(-1), -1)
+        else:
+            w, mu, logvar = parameters[:, :2], parameters[:, 2:6].view(4, 2, 2), parameters[:, 6:10].view(4, 2, 2)
+            r, (a, b) = 0.99 * parameters[:, 10:12].tanh(), (0.5 * logvar).exp().unbind(-1)
+            cov = torch.stack([a ** 2, r * a * b, r * a * b, b ** 2], -1).view(4, 2, 2, 2)
+            each = torch.distributions.MultivariateNormal(mu, cov).log_prob(x[0][:, None, :2])
+            up = torch.distributions.Bernoulli(logits=parameters[:, 12]).log_prob(x[0][:, 2])
+            expected = torch.logsumexp(w.log_softmax(-1) + each, -1) + up
+        close(log_px, expected, 1e-4), close(log_w, expected + ratio, 1e-4)
+
+
+def test_padding_plays_no_part():
+    for name, m, x, lengths, y in vrnns():
+        with no_noise():
+            m.zero_grad()
+            terms = m(x, lengths, y)
+            sum(t.sum() for t in terms).backward()
+            grads = [p.grad.clone() for p in m.parameters() if p.grad is not None]
+            dirty = x.clone()
+            for b, n in enumerate(lengths):
+                dirty[n:, b] = float("nan")
+            m.zero_grad()
+            again = m(dirty, lengths, y)
+            sum(t.sum() for t in again).backward()
+            assert all(map(torch.equal, terms, again)), name
+            assert all(map(torch.equal, grads, [p.grad for p in m.parameters() if p.grad is not None])), name
+            m.zero_grad()
+            for b, n in enumerate(lengths):         # each on its own, at its own length
+                alone = m(x[:n, b:b + 1], lengths[b:b + 1], y[b:b + 1])
+                for one, all_ in zip(alone, terms):
+                    close(one[0], all_[b], 1e-4)
+                sum(t.sum() for t in alone).backward()
+            for a, b in zip(grads, (p.grad for p in m.parameters() if p.grad is not None)):
+                close(a, b, 1e-3)
+
+
+def test_vrnn_draws_what_its_density_says():
+    torch.manual_seed(0)
+    m = vrnn.VRNN(3, 2, "pen", hidden=4, features=4)
+    out = torch.tensor([0.0, 1.0, -2.0, math.log(4.0), 0.0, 0.8, 1.0]).expand(100_000, -1)
+    x = m.draw(out, 1.0)
+    r = 0.99 * math.tanh(0.8)
+    close(x.mean(0), torch.tensor([1.0, -2.0, 1 / (1 + math.exp(-1.0))]), 3e-2)
+    close(torch.cov(x[:, :2].T), torch.tensor([[4.0, 2 * r], [2 * r, 1.0]]), 5e-2)
+    cold = m.draw(out, 0.25)
+    close(torch.cov(cold[:, :2].T) * 16, torch.tensor([[4.0, 2 * r], [2 * r, 1.0]]), 5e-2)
+    assert cold[:, 2].mean() > 0.97
+    for name, m, *_ in vrnns():
+        with torch.no_grad():
+            if m.stop:
+                m.end.bias.fill_(-0.7)
+            x, lengths = m.sample(6, y=torch.arange(300) % 3)
+        assert x.shape == (6, 300, m.x_dim) and x.isfinite().all(), name
+        if m.stop:                                  # it ends at different times, and nothing is written after that
+            assert lengths.min() == 1 and lengths.max() == 6 and (lengths < 6).any()
+            assert all((x[n:, b] == 0).all() for b, n in enumerate(lengths))
+        else:
+            assert (lengths == 6).all()
+    m = vrnn.VRNN(4, 2, hidden=4, features=4)
+    assert m.sample(3, n=5)[0].shape == (3, 5, 4)
+
+
+def test_vrnn_stays_finite_at_silence_and_at_extremes():
+    for likelihood, d in (("gaussian", 6), ("pen", 3)):
+        m = vrnn.VRNN(d, 2, likelihood, stop=True, mixtures=2, hidden=8, features=8)
+        optimizer = torch.optim.Adam(m.parameters(), 1e-2)
+        for x in (torch.zeros(7, 2, d), torch.full((1, 2, d), 1e3), torch.full((200, 2, d), -1e3)):
+            x[..., 2] = float(x[0, 0, 2] > 0)       # of the pen, whether it is up
+            for _ in range(5):
+                log_px, kl, log_w = m(x, torch.full((2,), len(x)))
+                optimizer.zero_grad()
+                (kl - log_px).mean().backward()
+                assert torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0).isfinite()
+                optimizer.step()
+                assert log_px.isfinite().all() and kl.isfinite().all() and log_w.isfinite().all()
+
+
 # -------------------------------------------------------------------------------------- 11: condition
 
 def test_the_condition_is_used():
@@ -558,7 +745,8 @@ def test_the_test_split_is_touched_once_at_the_end():
     for script in SCRIPTS:
         events = []
         with folder(), patched(common.Run, "best_model", lambda run: events.append("chosen") or best(run)):
-            train(script, "--epochs", 1, images=lambda args: Guarded(**vars(tiny_glyphs(args))))
+            train(script, "--epochs", 1, images=lambda args: Guarded(**vars(tiny_glyphs(args))),
+                  sequences=lambda args: Guarded(**vars(tiny_strokes(args))))
         assert events[0] == "chosen" and "test" in events, (script, events)
 
 
@@ -610,10 +798,12 @@ PATHS = {
     "draw": [["--glimpses", "3"], ["--glimpses", "12", "--read-size", "1", "--write-size", "28", "--hidden", "8"],
              ["--no-attention", "--glimpses", "1", "--hidden", "8"]],
     "cdraw": [["--glimpses", "2"], ["--glimpses", "2", "--no-attention", "--digits", "31"]],
+    "vrnn": [[], ["--conditional", "--digits", "27", "--temperature", "0.5"], ["--prior", "standard", "--mixtures", "3"],
+             ["--z-dim", "0"]],
 }
 PICTURES = {"vae": ("samples.png", "reconstructions.png", "interpolation.png"), "cvae": ("samples.png",),
             "ssl_vae": ("samples.png", "analogies.png"), "draw": ("samples.png", "drawing.gif"),
-            "cdraw": ("samples.png", "drawing.gif")}
+            "cdraw": ("samples.png", "drawing.gif"), "vrnn": ("samples.png",)}
 
 
 def test_every_script_and_path_as_a_user_runs_it():
@@ -665,6 +855,9 @@ COPIED = {
             "s = lambda: m.sample(3)[-1]",
     "cdraw": "m = CDRAW((1, 6, 7), glimpses=3, hidden=16, z_dim=2);"
              "loss = lambda: sum((k - l).mean() for l, k, _ in [m(x, y)]); s = lambda: m.sample(y[:3])[-1]",
+    "vrnn": "m = VRNN(7, 2, hidden=8, features=8); n = torch.arange(8) % 6 + 1; rows = x[:, 0].transpose(0, 1);"
+            "loss = lambda: sum((k - l).mean() for l, k, _ in [m(rows, n)]);"
+            "s = lambda: m.sample(6, n=3)[0].transpose(0, 1)[:, None]",
 }
 
 
@@ -710,6 +903,18 @@ def test_bad_input_gets_one_line_and_status_2():
         torch.save({"x": 1}, "dict.pt")
         torch.save(SimpleNamespace(script="vae"), "code.pt")
         Path("cut.pt").write_bytes(Path("run/best.pt").read_bytes()[:1000])
+        for i in range(3):
+            wav_file(f"wavs/{i}.wav", 900)
+        for kind, given in (("cut", 500), ("text", 0), ("empty", 0), ("8bit", 500), ("24bit", 500), ("long", 400_001)):
+            wav_file(f"bad_{kind}/{kind}.wav", given, width={"8bit": 1, "24bit": 3}.get(kind, 2))
+        Path("bad_cut/cut.wav").write_bytes(Path("bad_cut/cut.wav").read_bytes()[:30])
+        Path("bad_text/text.wav").write_text("hello")
+        for kind, points in (("none", 0), ("broken", 5), ("long", 2001)):
+            iam_file(f"iam_{kind}/lineStrokes/a01/a01-000/a01-000u-01.xml", [points])
+        Path("iam_broken/lineStrokes/a01/a01-000/a01-000u-01.xml").write_text("<WhiteboardCaptureSession><Stroke")
+        Path("bad/pendigits").mkdir()
+        for name in ("tra", "tes"):
+            Path(f"bad/pendigits/pendigits-orig.{name}.Z").write_bytes(b"\x1f\x9d\x90short")
         glyph = ("--dataset", "glyphs")
         table = [  # script, flags, what the line must say
             ("vae", ["--epochs", "-1"], "--epochs: must be a whole number of at least 0"),
@@ -759,6 +964,20 @@ def test_bad_input_gets_one_line_and_status_2():
             ("cdraw", ["--digits", ""], "must be digits"),
             ("cdraw", ["--glimpses", "two"], "--glimpses"),
             ("cdraw", ["--resume", "run/best.pt"], "written by vae.py"),
+            ("vrnn", ["--digits", "12"], "--conditional"),
+            ("vrnn", ["--conditional", "--digits", "-1"], "--digits"),
+            ("vrnn", ["--temperature", "0"], "--temperature"),
+            ("vrnn", ["--mixtures", "0"], "--mixtures"),
+            ("vrnn", ["--dataset", "wav", "--data-dir", "wavs", "--conditional"], "has no labels"),
+            ("vrnn", ["--dataset", "wav", "--data-dir", "none"], "none: 0 / 0 / 0 sequences"),
+            *(("vrnn", ["--dataset", "wav", "--data-dir", f"bad_{kind}"], f"{kind}.wav: {text}") for kind, text in (
+                ("cut", "not a WAV"), ("text", "not a WAV"), ("empty", "0 samples"), ("8bit", "8 bit"), ("24bit", "24 bit"),
+                ("long", "400001 samples"))),
+            ("vrnn", ["--dataset", "iam-ondb", "--data-dir", "none"], "registered"),
+            *(("vrnn", ["--dataset", "iam-ondb", "--data-dir", f"iam_{kind}"], text) for kind, text in (
+                ("none", "has 0 points"), ("broken", "not a file of strokes"), ("long", "has 2001 points"))),
+            ("vrnn", ["--dataset", "pendigits", "--data-dir", "bad"], "pendigits-orig.tra.Z: damaged"),
+            ("vrnn", ["--resume", "run/best.pt"], "written by vae.py"),
         ]
         before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in here.rglob("*") if p.is_file()}
         for script, flags, text in table:
@@ -855,6 +1074,108 @@ def test_glyphs_are_digits_seeded_and_different():
         assert 0.5 < height.max() - height.min() < 2
 
 
+def wav_file(path, samples, rate=8000, channels=1, width=2, tone=440.0):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with wave.open(path, "wb") as file:
+        file.setnchannels(channels), file.setsampwidth(width), file.setframerate(rate)
+        wave_ = (8000 * torch.sin(torch.arange(samples) / rate * tone * 2 * math.pi)).to(torch.int16)
+        sound = wave_[:, None].expand(-1, channels).contiguous().numpy().tobytes()
+        file.writeframes(sound if width == 2 else bytes(samples * width * channels))
+
+
+def iam_file(path, strokes):
+    """An XML file as of IAM-OnDB's lineStrokes, with strokes of so many points."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    body = "".join("<Stroke colour='black'>" + "".join(f"<Point x='{10 * i}' y='{5 * i + 100 * s}' time='{i}.5'/>"
+                                                       for i in range(n)) + "</Stroke>" for s, n in enumerate(strokes))
+    Path(path).write_text(f"<?xml version='1.0'?><WhiteboardCaptureSession><StrokeSet>{body}</StrokeSet>"
+                          "</WhiteboardCaptureSession>")
+
+
+def sequence_args(name, folder):
+    return SimpleNamespace(dataset=name, data_dir=str(folder), device="cpu", dry_run=False, batch_size=9)
+
+
+def test_wav_files_of_any_rate_are_framed_and_learned_from():
+    with folder() as here:
+        for i in range(20):
+            wav_file(f"in/{i}.wav", 1000 + 100 * i, rate=8000)
+        data = common.sequences(sequence_args("wav", here / "in"))
+        assert [len(p[0]) for p in (data.train, data.valid, data.test)] == [16, 2, 2]
+        assert data.kind == "speech" and data.num_classes == 0 and data.train[0].shape[2] == 200
+        x, lengths, _ = data.train
+        assert set(torch.cat([p[1] for p in (data.train, data.valid, data.test)]).tolist()) == {
+            -(-(1000 + 100 * i) // 200) for i in range(20)}
+        assert all((x[b, n:] == 0).all() for b, n in enumerate(lengths))
+        kept = torch.cat([s[:n] for s, n in zip(x, lengths)])
+        close(kept.square().mean(), 1, 1e-3)         # normalised on the training part
+        wav_file("high.wav", 32_000, rate=32_000, channels=2)
+        high = common.frames(Path("high.wav"), 8000).flatten()
+        wav_file("low.wav", 8000, rate=8000)
+        low = common.frames(Path("low.wav"), 8000).flatten()
+        assert len(high) == len(low) == 8000 and (high - low)[200:-200].abs().max() < 40, (high - low).abs().max()
+        with contextlib.redirect_stdout(io.StringIO()):
+            vrnn.main(["--dataset", "wav", "--data-dir", "in", "--dry-run", "--out-dir", "run", "--mixtures", "2"])
+        sounds = sorted(Path("run/sounds").glob("*.wav"))
+        assert len(sounds) == 80 and Path("run/spectrograms.png").exists()
+        with wave.open(str(sounds[0])) as file:
+            assert file.getframerate() == 8000 and file.getsampwidth() == 2 and file.getnframes() % 200 == 0
+
+
+def test_handwriting_is_read_and_split_by_the_users_lists_or_by_folder():
+    with folder() as here:
+        for form in range(20):
+            iam_file(f"in/lineStrokes/a{form:02}/a{form:02}-000/a{form:02}-000u-01.xml", [4 + form, 3])
+        data = common.sequences(sequence_args("iam-ondb", here / "in"))
+        assert [len(p[0]) for p in (data.train, data.valid, data.test)] == [16, 2, 2]
+        x, lengths, _ = data.train
+        first = x[0, :lengths[0]]
+        assert lengths[0] == 7 and (first[:, 2].nonzero().flatten() == torch.tensor([3, 6])).all()
+        close(first[1:4, :2] * data.scale, torch.tensor([10.0, -5.0]).expand(3, 2), 1e-3)   # up is up
+        close(first[4, :2] * data.scale, torch.tensor([-30.0, 15.0 - 100]), 1e-3)
+        for file, forms in (("trainset", range(15)), ("testset_v", (15, 16)), ("testset_f", (17,))):
+            Path(f"in/{file}.txt").write_text("".join(f"a{form:02}-000u\n" for form in forms))
+        data = common.sequences(sequence_args("iam-ondb", here / "in"))
+        assert [len(p[0]) for p in (data.train, data.valid, data.test)] == [15, 2, 1]
+
+
+def test_an_archive_is_checked_and_stays_in_its_folder():
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name in ("a/recordings/0_x_1.wav", "a/recordings/../../../evil.wav", "a/other.txt", "/abs/recordings/0_y_1.wav"):
+            archive.writestr(name, "content")
+    content = content.getvalue()
+    with folder() as here, server({"good.zip": content, "cut.zip": content[:-30]}) as url, \
+            contextlib.redirect_stderr(io.StringIO()) as said:
+        for name, sha in (("good.zip", "0" * 64), ("cut.zip", None), ("none.zip", None)):
+            try:
+                common.download(url + name, here / "data" / "set", sha, r".*/recordings/(\d_[a-z]+_\d+\.wav)")
+                raise AssertionError("took a damaged archive")
+            except SystemExit as stop:
+                assert stop.code == 2 and not (here / "data" / "set").exists()
+        assert said.getvalue().count("\n") == 3 and "checksum" in said.getvalue()
+        common.download(url + "good.zip", here / "data" / "set", hashlib.sha256(content).hexdigest(),
+                        r".*/recordings/(\d_[a-z]+_\d+\.wav)")
+        assert sorted(p.relative_to(here).as_posix() for p in here.rglob("*") if p.is_file()) == [
+            "data/set/0_x_1.wav", "data/set/0_y_1.wav"]
+
+
+def test_image_rows_are_rows_and_the_vrnn_trains_on_them():
+    def as_mnist(args):
+        data = tiny_glyphs(args)
+        args.dataset = "mnist"
+        return data
+    sequences = common.sequences
+    with folder(), patched(common, "images", as_mnist):
+        data = sequences(sequence_args("mnist", "none"))
+        x, lengths, y = data.train
+        assert data.kind == "rows" and x.shape == (400, 28, 28) and (lengths == 28).all() and x.dtype == torch.uint8
+        assert torch.equal(x[:, None], tiny_glyphs(sequence_args(None, "none")).train[0])
+        train("vrnn", "--epochs", 2, "--out-dir", "run", images=as_mnist, sequences=sequences)
+        rows = list(csv.DictReader(open("run/log.csv")))
+        assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"]) and Path("run/samples.png").exists()
+
+
 def test_binarisation_is_dynamic_in_training_and_fixed_for_a_seed():
     x = torch.full((50, 1, 20, 20), 64, dtype=torch.uint8)
     assert torch.equal(common.binarise(x, seed=1), common.binarise(x, seed=1))
@@ -876,13 +1197,19 @@ def test_augmentation_moves_but_keeps_the_picture():
     assert (abs(moved / x.sum() - 1) < 0.15).all()
 
 
-def test_real_mnist():
+def test_real_data():
     if not REAL:
         return
     args = SimpleNamespace(dataset="mnist", data_dir=REAL, device="cpu", dry_run=False, batch_size=9)
     data = common.images(args)
     assert [len(s[0]) for s in (data.train, data.valid, data.test)] == [55_000, 5_000, 10_000]
     assert torch.bincount(data.test[1]).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    pen, speech = (common.sequences(sequence_args(name, REAL)) for name in ("pendigits", "speech"))
+    assert [len(p[0]) for p in (pen.train, pen.valid, pen.test)] == [6745, 749, 3498]
+    assert [len(p[0]) for p in (speech.train, speech.valid, speech.test)] == [2400, 300, 300]
+    for data in (pen, speech):
+        assert data.num_classes == 10 and (torch.bincount(data.test[2]) > 29).all()
+        assert all(p[0].isfinite().all() and (p[1] > 0).all() for p in (data.train, data.valid, data.test))
     with folder(), contextlib.redirect_stdout(io.StringIO()):
         vae.main(["--dataset", "mnist", "--data-dir", REAL, "--epochs", "1", "--test-samples", "1", "--hidden", "64"])
         result = json.loads(Path("out/vae/results.json").read_text())
