@@ -1,6 +1,7 @@
 """Conditional DRAW: DRAW (Gregor et al. 2015) given a label y, which encoder and decoder see at every step.
 
-    inference model    h^enc_t = LSTM([r_t, h^dec_{t-1}, y], h^enc_{t-1}),   q(z_t|x, y, z_{<t}) = N(mu(h^enc_t), sigma(h^enc_t)^2)
+    inference model    h^enc_t = LSTM([r_t, h^dec_{t-1}, y], h^enc_{t-1})
+                       q(z_t|x, y, z_{<t}) = N(mu(h^enc_t), diag sigma(h^enc_t)^2)
     generative model   z_t ~ N(0, I),   h^dec_t = LSTM([z_t, y], h^dec_{t-1}),   c_t = c_{t-1} + write(h^dec_t)
                        x | y, z ~ Bernoulli(sigmoid(c_T))
     bound              log p(x|y) >= E_q[log p(x|y, z) - sum_t KL(q(z_t|x, y, z_{<t}) || p(z_t))]
@@ -88,7 +89,7 @@ class CDRAW(nn.Module):
         self.start = nn.Parameter(torch.zeros(4, hidden))       # h_enc, c_enc, h_dec, c_dec
         self.canvas = nn.Parameter(torch.full((height, channels * width), -2.0))
         with torch.no_grad():
-            self.encoder.weight[:, :2 * reads].normal_(0, (2 * reads) ** -0.5)  # few, and not to be drowned by the states
+            self.encoder.weight[:, :2 * reads].normal_(0, (2 * reads) ** -0.5)  # few: the states must not drown them
             if attention:
                 self.output.bias[-10:] = self.windows.start()
             for gates in (self.encoder, self.decoder):
@@ -140,7 +141,7 @@ class CDRAW(nn.Module):
         return self.encoder.bias + encoder, self.decoder.bias + decoder
 
     def forward(self, x, y, k=None):
-        """x (B, C, H, W) in [0, 1], labels y (B,) -> log_px, kl, log_w in nats, each (B,), or (k, B) for k samples of z."""
+        """x (B, C, H, W) in [0, 1], y (B,) -> log_px, kl, log_w in nats, each (B,), or (k, B) for k samples of z."""
         log_px, kl, log_w = self.terms(*((x, y) if k is None else (x.repeat(k, 1, 1, 1), y.repeat(k))))
         terms = log_px, kl.sum(0), log_w
         return terms if k is None else tuple(t.view(k, -1) for t in terms)
@@ -164,9 +165,10 @@ class CDRAW(nn.Module):
         return log_px, kl, log_w
 
     def trace(self, z, y):
-        """z (T, n, z_dim), y (n,) -> canvases as means (T, n, C, H, W), and write windows (T, n, 4), or None without attention.
+        """z (T, n, z_dim), y (n,) -> canvases as means (T, n, C, H, W), and write windows (T, n, 4).
 
-        A window is its centre x, y, its side, and its filters' standard deviation, in pixels.
+        Without attention there are none. A window is its centre x, y, its side, and the deviation of its filters, in
+        pixels.
         """
         _, _, h, c, canvas, _ = self.begin(z.shape[1])
         canvases, boxes, fixed = [], [], self.biases(y)[1]
@@ -251,8 +253,8 @@ def main(argv=None):
 
     with torch.inference_mode():
         torch.manual_seed(args.seed)
-        digits = torch.tensor([int(d) for d in args.digits] if args.digits else range(data.num_classes), device=args.device)
-        y = digits.repeat_interleave(8)   # eight of each in the animation, the first of them in the picture
+        digits = [int(d) for d in args.digits] if args.digits else range(data.num_classes)
+        y = torch.tensor(digits, device=args.device).repeat_interleave(8)   # eight in the animation, one in the picture
         canvases, boxes = model.trace(torch.randn(args.glimpses, len(y), args.z_dim, device=args.device), y)
         columns = torch.linspace(0, args.glimpses - 1, min(10, args.glimpses)).round().long()
         picture = canvases[columns, ::8].transpose(0, 1).flatten(0, 1)

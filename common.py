@@ -18,12 +18,12 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
 import wave
 import zipfile
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -102,7 +102,7 @@ def parse(p, argv=None):
         fail(f"--device {args.device} can't be used here ({first_line(error)}); try auto or cpu")
     compiler = os.environ.get("CXX", "g++")
     if args.compile and args.device == "cpu" and not shutil.which(compiler):
-        fail(f"--compile needs a C++ compiler on a CPU, and there is no {compiler}; install one, or leave --compile out")
+        fail(f"--compile needs a C++ compiler on a CPU, and {compiler} is not there; install it, or leave it out")
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)                # tiny numbers would slow a CPU several times
     torch.set_float32_matmul_precision("medium")  # tensor cores; on a CPU, the faster of two libraries
@@ -238,8 +238,8 @@ def sequences(args):
     """The sequence data set of the flags, whole, on the device; sets args.dataset to what was found.
 
     Returns `train`, `valid`, `test`, each (x, lengths, y): x (N, T, D), padded with zeros, as uint8 rows of images or
-    as floats divided by `scale`; lengths (N,), on the CPU; y (N,) int64. `unit` is the step, in x, of the integers
-    that the values were recorded as, 0 for none, and `kind` is "rows", "pen" or "speech". num_classes is 0 without labels.
+    as floats divided by `scale`; lengths (N,), on the CPU; y (N,) int64. `kind` is "rows", "pen" or "speech"; `unit`
+    the step, in x, of the integers that the values were recorded as, or 0; num_classes 0 if there are no labels.
     """
     name = args.dataset
     if name in ("pendigits", "iam-ondb", "speech", "wav"):
@@ -263,7 +263,8 @@ def sequences(args):
         for row, s in zip(padded, x):
             row[:len(s)] = s
             row[:, signal] /= scale
-        ready.append((padded.to(args.device), torch.tensor([len(s) for s in x[:n]]), torch.as_tensor(y[:n]).to(args.device)))
+        lengths, y = torch.tensor([len(s) for s in x[:n]]), torch.as_tensor(y[:n]).to(args.device)
+        ready.append((padded.to(args.device), lengths, y))
     return SimpleNamespace(train=ready[0], valid=ready[1], test=ready[2], kind=kind, scale=scale, unit=unit / scale,
                            num_classes=10 if max(parts[0][1]) > 0 else 0)
 
@@ -282,9 +283,9 @@ def strokes_to_moves(strokes, file, limit=2000):
 def pendigits(root):
     """Pen-Based Recognition of Handwritten Digits (Alpaydin & Alimoglu 1998), UNIPEN text: three lists of (x, y)."""
     folder, parts = root / "pendigits", []
-    if not (folder / "pendigits-orig.tes.Z").exists():
+    if not all((folder / f"pendigits-orig.{part}.Z").exists() for part in ("tra", "tes")):
         download("https://archive.ics.uci.edu/static/public/81/pen+based+recognition+of+handwritten+digits.zip", folder,
-                 "1e02bea023613c2b11c9492f6f34caf975420455934f3527d270cee9a1f03b64", r"pendigits-orig\.t(ra|es)\.Z")
+                 "cd620bc67fb841b05abece060330ad57ffda5398f7dde0bdd595f689ec78d313", r"pendigits-orig\.t(ra|es)\.Z")
     for file, size in (("pendigits-orig.tra.Z", 7494), ("pendigits-orig.tes.Z", 3498)):
         done = subprocess.run(["gzip", "-dc", str(folder / file)], capture_output=True)   # Python has no LZW
         digits = done.stdout.decode("latin-1").split(".SEGMENT DIGIT")[1:]
@@ -312,7 +313,7 @@ def iam_ondb(root):
     parts = [], [], []
     for file in files:
         if None in names:
-            i = {8: 1, 9: 2}.get(folders.index(file.parent) % 10 if len(folders) > 9 else 9 - folders.index(file.parent), 0)
+            i = [0, 0, 0, 0, 0, 0, 0, 0, 1, 2][-1 - folders.index(file.parent) % 10]
         else:
             i = next((i for i, part in enumerate(names) if file.stem.rsplit("-", 1)[0] in part), None)
         try:
@@ -327,22 +328,21 @@ def iam_ondb(root):
 
 def three_parts(parts, root):
     if not all(parts):
-        fail(f"{root}: {' / '.join(str(len(p)) for p in parts)} sequences for training / validation / test; each needs one")
+        fail(f"{root}: {' / '.join(str(len(p)) for p in parts)} sequences for training / validation / test, and each "
+             "needs one")
     return [(p, [0] * len(p)) for p in parts]
 
 
 def spoken_digits(root, rate=8000):
     """Free Spoken Digit Dataset: recordings 0-4 test, 5-9 validation, the others training; three lists of (x, y)."""
     folder = root / "free-spoken-digit-dataset-1.0.10" / "recordings"
-    if not folder.exists():
+    if len(list(folder.glob("*.wav"))) < 3000:
         download("https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.zip", folder,
-                 None, r".*/recordings/(\d_[a-z]+_\d+\.wav)")
+                 "45a9b976ba3397a2fd5c70a9f2e43c34f442a3a6be47392ecfc41174b678f37e", r".*/recordings/(\d_[a-z]+_\d+\.wav)")
     parts = [], [], []
     for file in sorted(folder.glob("*_*_*.wav")):
         digit, _, index = file.stem.split("_")
         parts[2 if int(index) < 5 else 1 if int(index) < 10 else 0].append((frames(file, rate), int(digit)))
-    if not all(parts):
-        fail(f"{folder}: recordings are missing; delete it to download it again")
     return [tuple(zip(*p)) for p in parts]
 
 
@@ -356,10 +356,10 @@ def wav_folder(root, rate=8000):
 
 
 def frames(file, rate, size=200, limit=2000):
-    """A WAV file, mono or stereo, 16 bit, as (T, size) samples at `rate`, in units of its integers; the end padded with 0."""
+    """A WAV file, mono or stereo, 16 bit, as (T, size) samples at `rate`, in its integers' unit; zeros fill the end."""
     try:
         with wave.open(str(file)) as w:
-            data, channels, width, old = w.readframes(w.getnframes()), w.getnchannels(), w.getsampwidth(), w.getframerate()
+            data, (channels, width, old, *_) = w.readframes(w.getnframes()), w.getparams()
     except (wave.Error, EOFError, OSError) as error:
         fail(f"{file}: not a WAV file ({first_line(error)})")
     if width != 2 or channels not in (1, 2):
@@ -375,23 +375,21 @@ def frames(file, rate, size=200, limit=2000):
 
 
 def download(url, folder, sha256, members):
-    """Fetch a zip, check it, and put the members whose whole name fits the pattern, flat, into `folder`.
+    """Fetch a zip and put the members whose whole name fits the pattern, flat, into `folder`.
 
-    Nothing bears its final name before it is whole.
+    sha256 is that of names and contents in the order of names: it outlives a new packing of the archive.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
-            with urllib.request.urlopen(url, timeout=30) as answer:
-                content = answer.read()
-            if sha256 and hashlib.sha256(content).hexdigest() != sha256:
-                raise OSError("its checksum is wrong")
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                for member in filter(re.compile(members).fullmatch, archive.namelist()):
-                    (Path(place) / Path(member).name).write_bytes(archive.read(member))
-            shutil.copytree(place, folder, dirs_exist_ok=True)
-    except (OSError, zipfile.BadZipFile) as error:
-        fail(f"can't download {url} into {folder} ({first_line(error)}); put the files there by hand, or use --dataset glyphs")
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            archive = zipfile.ZipFile(io.BytesIO(answer.read()))
+        files = {Path(m).name: archive.read(m) for m in archive.namelist() if re.fullmatch(members, m)}
+        if hashlib.sha256(b"".join(name.encode() + files[name] for name in sorted(files))).hexdigest() != sha256:
+            raise OSError("its checksum is wrong")
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, zipfile.BadZipFile, zlib.error) as error:
+        fail(f"can't download {url} ({first_line(error)}); put its files into {folder}, or use --dataset glyphs")
+    for name, content in files.items():
+        write(folder / name, lambda path: path.write_bytes(content))
 
 
 def grey(x, seed=None):

@@ -2,7 +2,8 @@
 
     error image        x' = x - sigmoid(c_{t-1})                                               (eq. 3)
     read               r_t = [gamma F_y x F_x^T, gamma F_y x' F_x^T], windows from h^dec_{t-1}  (eqs. 4, 27)
-    inference model    h^enc_t = LSTM([r_t, h^dec_{t-1}], h^enc_{t-1}),   q(z_t|x, z_{<t}) = N(mu(h^enc_t), sigma(h^enc_t)^2)
+    inference model    h^enc_t = LSTM([r_t, h^dec_{t-1}], h^enc_{t-1})
+                       q(z_t|x, z_{<t}) = N(mu(h^enc_t), diag sigma(h^enc_t)^2)                    (eqs. 1-5)
     generative model   z_t ~ N(0, I),   h^dec_t = LSTM(z_t, h^dec_{t-1}),   c_t = c_{t-1} + 1/gamma' F'_y^T w_t F'_x
                        x | z ~ Bernoulli(sigmoid(c_T))                                         (eqs. 6-9, 29)
     bound              log p(x) >= E_q[log p(x|z) - sum_t KL(q(z_t|x, z_{<t}) || p(z_t))]      (eqs. 10-12)
@@ -73,7 +74,8 @@ class DRAW(nn.Module):
     windows. attention=False reads and writes whole images. hidden: units of each LSTM.
     """
 
-    def __init__(self, shape=(1, 28, 28), glimpses=64, read_size=2, write_size=5, attention=True, z_dim=100, hidden=256):
+    def __init__(self, shape=(1, 28, 28), glimpses=64, read_size=2, write_size=5, attention=True,
+                 z_dim=100, hidden=256):
         super().__init__()
         self.shape, self.glimpses, self.attention = tuple(shape), glimpses, attention
         self.read_size, self.write_size, self.z_dim, self.hidden = read_size, write_size, z_dim, hidden
@@ -87,7 +89,7 @@ class DRAW(nn.Module):
         self.start = nn.Parameter(torch.zeros(4, hidden))       # h_enc, c_enc, h_dec, c_dec
         self.canvas = nn.Parameter(torch.full((height, channels * width), -2.0))
         with torch.no_grad():
-            self.encoder.weight[:, :2 * reads].normal_(0, (2 * reads) ** -0.5)  # few, and not to be drowned by the states
+            self.encoder.weight[:, :2 * reads].normal_(0, (2 * reads) ** -0.5)  # few: the states must not drown them
             if attention:
                 self.output.bias[-10:] = self.windows.start()
             for gates in (self.encoder, self.decoder):
@@ -158,9 +160,10 @@ class DRAW(nn.Module):
         return log_px, kl, log_w
 
     def trace(self, z):
-        """z (T, n, z_dim) -> canvases as means (T, n, C, H, W), and write windows (T, n, 4), or None without attention.
+        """z (T, n, z_dim) -> canvases as means (T, n, C, H, W), and write windows (T, n, 4).
 
-        A window is its centre x, y, its side, and its filters' standard deviation, in pixels.
+        Without attention there are none. A window is its centre x, y, its side, and the deviation of its filters, in
+        pixels.
         """
         _, _, h, c, canvas, _ = self.begin(z.shape[1])
         canvases, boxes = [], []

@@ -175,7 +175,7 @@ def main(argv=None):
     p = common.parser(__doc__, epochs=12, batch_size=200, lr=1e-3, test_samples=50)
     p.add_argument("--labels", type=common.at_least(1), default=1000, metavar="N", help="how many labels are given")
     p.add_argument("--z-dim", type=common.at_least(1), default=50, help="size of z")
-    p.add_argument("--alpha", type=common.at_least(0, float), default=100.0, help="weight of the classifier's own terms")
+    p.add_argument("--alpha", type=common.at_least(0, float), default=100.0, help="weight of the classifier's own part")
     p.add_argument("--auxiliary", action="store_true", help="the auxiliary variable of Maaloe et al. 2016")
     p.add_argument("--supervised-only", action="store_true", help="learn from the labelled images alone")
     p.add_argument("--no-augment", action="store_true", help="the classifier sees the images as they are")

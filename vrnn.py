@@ -5,7 +5,8 @@ Data"), and its conditional form.
     generation         x_t | z_t, x_{<t}, z_{<t} ~ p(x_t | phi_z(z_t), h_{t-1})                           (eq. 6)
     recurrence         h_t = GRU([phi_x(x_t), phi_z(z_t)], h_{t-1})                                       (eq. 7)
     inference          z_t | x_{<=t}, z_{<t} ~ N(mu_q(phi_x(x_t), h_{t-1}), diag sigma_q(...)^2)          (eq. 9)
-    bound              log p(x) >= E_q sum_t [log p(x_t|z_{<=t}, x_{<t}) - KL(q(z_t|x_{<=t}, z_{<t}) || p(z_t|x_{<t}, z_{<t}))]
+    bound              log p(x) >= E_q sum_t [log p(x_t|z_{<=t}, x_{<t})
+                                              - KL(q(z_t|x_{<=t}, z_{<t}) || p(z_t|x_{<t}, z_{<t}))]     (eq. 11)
 
 Given a label y, each factor of the joint distribution may depend on it:
 
@@ -69,7 +70,8 @@ class VRNN(nn.Module):
         self.out_h = nn.Linear(hidden, features)
         if z_dim:
             self.phi_z = nn.Sequential(nn.Linear(z_dim, features), nn.SiLU())
-            self.gru_z, self.out_z = nn.Linear(features, 3 * hidden, bias=False), nn.Linear(features, features, bias=False)
+            self.gru_z = nn.Linear(features, 3 * hidden, bias=False)
+            self.out_z = nn.Linear(features, features, bias=False)
             self.enc_x, self.enc_h = nn.Linear(features, features), nn.Linear(hidden, features, bias=False)
             self.enc = nn.Sequential(nn.SiLU(), nn.Linear(features, 2 * z_dim))
             self.prior_h = nn.Linear(hidden, features) if prior == "learned" else None
@@ -134,9 +136,10 @@ class VRNN(nn.Module):
 
         What stands behind a sequence's end plays no part.
         """
-        log_px, kl, log_w = (t.sum(0) for t in self.terms(*(
-            (x, lengths, y) if k is None else (x.repeat(1, k, 1), lengths.repeat(k), None if y is None else y.repeat(k)))))
-        return (log_px, kl, log_w) if k is None else tuple(t.view(k, -1) for t in (log_px, kl, log_w))
+        if k is not None:
+            x, lengths, y = x.repeat(1, k, 1), lengths.repeat(k), None if y is None else y.repeat(k)
+        terms = [t.sum(0) for t in self.terms(x, lengths, y)]
+        return tuple(terms if k is None else (t.view(k, -1) for t in terms))
 
     def terms(self, x, lengths, y=None):
         """As `forward`, of every time step: (T, B)."""
@@ -178,11 +181,12 @@ class VRNN(nn.Module):
         which = torch.multinomial((log_weights / temperature).softmax(-1), 1)      # (B, 1)
         mu, logvar = (p.gather(1, which[..., None].expand(-1, -1, p.shape[-1]))[:, 0] for p in (mu, logvar))
         eps = torch.randn_like(mu)
-        if self.likelihood == "pen":
-            r = 0.99 * torch.tanh(rest[..., :-1]).gather(1, which)
-            eps = torch.cat([eps[:, :1], r * eps[:, :1] + (1 - r ** 2).sqrt() * eps[:, 1:]], -1)
-        x = mu + temperature * (0.5 * logvar).exp() * eps
-        return torch.cat([x, torch.bernoulli((rest[:, -1:] / temperature).sigmoid())], -1) if self.likelihood == "pen" else x
+        if self.likelihood == "gaussian":
+            return mu + temperature * (0.5 * logvar).exp() * eps
+        r = 0.99 * torch.tanh(rest[..., :-1]).gather(1, which)
+        eps = torch.cat([eps[:, :1], r * eps[:, :1] + (1 - r ** 2).sqrt() * eps[:, 1:]], -1)
+        up = torch.bernoulli((rest[:, -1:] / temperature).sigmoid())
+        return torch.cat([mu + temperature * (0.5 * logvar).exp() * eps, up], -1)
 
     def sample(self, steps, n=None, y=None, temperature=1.0):
         """n sequences, or one for each label of y (B,), of at most `steps` steps: x (T, B, D) and lengths (B,).
@@ -262,7 +266,7 @@ def main(argv=None):
     p.add_argument("--mixtures", type=common.at_least(1), metavar="K", help="components; None: 20 for the pen, else 1")
     p.add_argument("--conditional", action="store_true", help="given the label")
     p.add_argument("--digits", help="write, say or draw these, such as 2718, a row each; None: every label")
-    p.add_argument("--temperature", type=common.at_least(1e-6, float), default=1.0, help="of the samples; 1 is the model's")
+    p.add_argument("--temperature", type=common.at_least(1e-6, float), default=1.0, help="of samples; 1 is the model's")
     args = common.parse(p, argv)
     if args.digits is not None and not (args.digits.isascii() and args.digits.isdigit()):
         p.error(f"--digits {args.digits!r}: must be digits from 0 to 9, such as 2718")
@@ -283,7 +287,7 @@ def main(argv=None):
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
 
     def see(x, seed=None):
-        """Binary rows, or values spread over the step at which they were recorded: densities of integers have no bound."""
+        """Binary rows, or values spread over the step of their recording: a density of integers could grow for ever."""
         if data.kind == "rows":
             return common.binarise(x, seed)
         g = None if seed is None else torch.Generator().manual_seed(seed)
