@@ -246,10 +246,8 @@ def main(argv=None):
 
     model = run.best_model()
     x_test = common.binarise(data.test[0], seed=2)
-    valid = validate(model)
     test = common.evaluate(model, x_test, data.test[1], args.test_samples, rows=1024)
-    run.finish(valid_neg_elbo=valid["neg_elbo"], test_neg_elbo=test["neg_elbo"], test_rec=test["rec"],
-               test_kl=test["kl"], test_nll=test.get("nll"), test_samples=args.test_samples)
+    run.finish(val=validate(model), test=test)
 
     with torch.inference_mode():
         torch.manual_seed(args.seed)

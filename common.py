@@ -617,8 +617,10 @@ class Run:
             self.average.load_state_dict(load_checkpoint(best, self.args.script)["model"])
         return self.average
 
-    def finish(self, **figures):
-        """Write results.json and print its figures."""
+    def finish(self, **parts):
+        """Write results.json and print its figures: those of val and test, dicts, each under the name PART_FIGURE."""
+        figures = {f"{part}_{k}": v for part, values in parts.items() for k, v in values.items()}
+        figures = {"test_nll": None, **figures, "test_samples": self.args.test_samples}
         speed = statistics.median(self.speeds[1:] or self.speeds or [0.0])
         result = {"script": self.args.script, "dataset": self.args.dataset, "args": plain(self.args),
                   "params": self.params, "epochs": self.epoch, "seconds": round(self.seconds, 1),

@@ -218,10 +218,8 @@ def main(argv=None):
 
     model = run.best_model()
     x_test, y_test = common.binarise(data.test[0], seed=2), data.test[1]
-    valid = validate(model)
     test = common.evaluate(bound(model), x_test, y_test, args.test_samples)
-    run.finish(valid_neg_elbo=valid["neg_elbo"], test_neg_elbo=test["neg_elbo"], test_rec=test["rec"],
-               test_kl=test["kl"], test_nll=test.get("nll"), test_samples=args.test_samples)
+    run.finish(val=validate(model), test=test)
 
     with torch.inference_mode():
         torch.manual_seed(args.seed)

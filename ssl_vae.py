@@ -238,9 +238,8 @@ def main(argv=None):
         run.log(loss, labelled=-l, unlabelled=-u, cross_entropy=cross_entropy, differ=differ)
 
     model = run.best_model()
-    valid, test = scores(model, *data.valid, seed=1), scores(model, *data.test, seed=2, samples=args.test_samples)
-    run.finish(val_error=valid["error"], valid_neg_elbo=valid["neg_elbo"], test_error=test["error"],
-               test_neg_elbo=test["neg_elbo"], test_nll=test.get("nll"), test_samples=args.test_samples)
+    run.finish(val=scores(model, *data.valid, seed=1),
+               test=scores(model, *data.test, seed=2, samples=args.test_samples))
 
     with torch.inference_mode():
         torch.manual_seed(args.seed)

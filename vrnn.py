@@ -326,9 +326,8 @@ def main(argv=None):
         run.log(loss, rec=-log_px, kl=kl)
 
     model = run.best_model()
-    valid, test = validate(model), common.evaluate(bound(model), *fixed(data.test, seed=2), args.test_samples, rows)
-    run.finish(valid_neg_elbo=valid["neg_elbo"], test_neg_elbo=test["neg_elbo"], test_rec=test["rec"],
-               test_kl=test["kl"], test_nll=test.get("nll"), test_samples=args.test_samples)
+    test = common.evaluate(bound(model), *fixed(data.test, seed=2), args.test_samples, rows)
+    run.finish(val=validate(model), test=test)
 
     with torch.inference_mode():
         torch.manual_seed(args.seed)
