@@ -6,7 +6,8 @@
                        x | y, z ~ Bernoulli(sigmoid(c_T))
     bound              log p(x|y) >= E_q[log p(x|y, z) - sum_t KL(q(z_t|x, y, z_{<t}) || p(z_t))]
 
-Reading and writing, by attention or not, are those of draw.py (eqs. 3-29 of the paper).
+Reading and writing, by attention or not, are those of draw.py (eqs. 3-29 of the paper), and so are the
+deviations from it. The label adds a learned vector to the gates of each LSTM.
 
     python cdraw.py
     python cdraw.py --epochs 0 --resume out/cdraw/best.pt --digits 3141592    # draw these, a row each
@@ -72,7 +73,7 @@ class CDRAW(nn.Module):
     windows. attention=False reads and writes whole images. hidden: units of each LSTM.
     """
 
-    def __init__(self, shape=(1, 28, 28), num_classes=10, glimpses=64, read_size=2, write_size=5, attention=True,
+    def __init__(self, shape=(1, 28, 28), num_classes=10, glimpses=32, read_size=5, write_size=5, attention=True,
                  z_dim=100, hidden=256):
         super().__init__()
         self.shape, self.glimpses, self.attention = tuple(shape), glimpses, attention
@@ -211,7 +212,7 @@ def main(argv=None):
 
     p = common.parser(__doc__, epochs=40, batch_size=128, lr=2e-3, test_samples=50)
     p.add_argument("--glimpses", type=common.at_least(1), default=32, help="time steps")
-    p.add_argument("--read-size", type=common.at_least(1), default=2, help="filters a side of the reading window")
+    p.add_argument("--read-size", type=common.at_least(1), default=5, help="filters a side of the reading window")
     p.add_argument("--write-size", type=common.at_least(1), default=5, help="filters a side of the writing window")
     p.add_argument("--no-attention", action="store_true", help="read and write whole images")
     p.add_argument("--z-dim", type=common.at_least(1), default=100, help="size of z at a time step")
