@@ -241,6 +241,7 @@ def main(argv=None):
         loss = (kl - log_px).mean()
         optimizer.zero_grad()
         loss.backward()
+        run.share()
         nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         optimizer.step()
         run.log(loss, rec=-log_px, kl=kl)

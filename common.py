@@ -31,11 +31,15 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import distributed
+from torch.overrides import TorchFunctionMode
 
 
 def fail(message):
-    """End the program with one line on standard error and status 2."""
-    sys.exit(print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr) or 2)
+    """End the program with one line on standard error and status 2; under torchrun, one line in all."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def first_line(error):
@@ -92,10 +96,13 @@ def parse(p, argv=None):
                           if k not in ("out_dir", "device", "compile", "dry_run", "resume")})
         args = p.parse_args(argv)
     args.script, args.checkpoint = script, checkpoint
+    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.dry_run:
         args.epochs, args.test_samples = (checkpoint["epoch"] if checkpoint else 0) + 1, 4
     if args.device == "auto":
         args.device = ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if args.device == "cuda" and args.world > 1:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=args.device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -103,6 +110,8 @@ def parse(p, argv=None):
     compiler = os.environ.get("CXX", "g++")
     if args.compile and args.device == "cpu" and not shutil.which(compiler):
         fail(f"--compile needs a C++ compiler on a CPU, and {compiler} is not there; install it, or leave it out")
+    if args.world > 1 and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if "cuda" in args.device else "gloo")
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)                # tiny numbers would slow a CPU several times
     torch.set_float32_matmul_precision("medium")  # tensor cores; on a CPU, the faster of two libraries
@@ -463,18 +472,42 @@ def load_checkpoint(path, script):
 
 
 def plain(args):
-    return {k: v for k, v in vars(args).items() if k not in ("script", "checkpoint")}
+    return {k: v for k, v in vars(args).items() if k not in ("script", "checkpoint", "rank", "world")}
 
 
 def show(figures):
     return ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
 
 
+class SharedNoise(TorchFunctionMode):
+    """Noise under torchrun: every process draws that of the whole batch and keeps the part of its own `size` examples.
+
+    So the processes together draw what one alone would, and their random states stay the same.
+    """
+
+    def __init__(self, rank, size, world):
+        super().__init__()
+        self.rank, self.size, self.world = rank, size, world
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.randn_like:
+            func, args, kwargs = torch.randn, (args[0].shape,), {"device": args[0].device, "dtype": args[0].dtype}
+        if func not in (torch.rand, torch.randn, torch.randint) or self.world == 1:
+            return func(*args, **kwargs)
+        *first, shape = args if isinstance(args[-1], tuple) else (args,)
+        if self.size not in shape:
+            return func(*args, **kwargs)
+        dim = shape.index(self.size)
+        whole = func(*first, (*shape[:dim], self.size * self.world, *shape[dim + 1:]), **kwargs)
+        return whole.narrow(dim, self.rank * self.size, self.size)
+
+
 class Run:
     """The batches that are left to train on, and what has to be done between them.
 
     Iterating yields (x, y) of the training split, shuffled anew each epoch by the seed; of (x, lengths, y) it
-    yields sequences of like lengths together. After every step the
+    yields sequences of like lengths together, padded to the longest of them. After every step the
     weights enter a running average with the profile t^gamma (Karras et al. 2024, sec. 3.1), which does what a
     falling learning rate would, without knowing when training ends. After every epoch come the validation of
     the averaged model, validate(model) -> dict whose first value is to be minimised, a line of the log, and
@@ -494,7 +527,12 @@ class Run:
         self.rows, self.speeds, self.pending = [], [], []
         if args.checkpoint:
             self.load(args.checkpoint)
-        self.dir, self.params = self.folder(), sum(p.numel() for p in model.parameters())
+        self.params = sum(p.numel() for p in model.parameters())
+        if args.batch_size % args.world:
+            fail(f"--batch-size {args.batch_size} can't be shared by {args.world} processes; take a multiple of that")
+        if args.rank:  # one process writes, and validates
+            return
+        self.dir = self.folder()
         print(f"{args.script}: {args.dataset}, {len(train[0]):,} training examples, device {args.device}, "
               f"{self.params:,} parameters, writing to {self.dir}\n "
               + " ".join(f"{k}={v}" for k, v in plain(args).items()), flush=True)
@@ -518,20 +556,33 @@ class Run:
 
     def __iter__(self):
         n, size = len(self.train[0]), min(self.args.batch_size, len(self.train[0]))
-        before = signal.signal(signal.SIGINT, lambda *_: setattr(self, "stop", True))
+        rank, world = self.args.rank, self.args.world
+        size, share = size // world * world, size // world
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN if rank else lambda *_: setattr(self, "stop", True))
         while self.epoch < self.args.epochs:
             g = torch.Generator().manual_seed(self.args.seed * 10_007 + self.epoch)
             order = torch.randperm(n, generator=g)[:n // size * size]
             if len(self.train) == 3:
                 order = order[self.train[1][order].argsort(stable=True)]
                 order = order.view(-1, size)[torch.randperm(n // size, generator=g)].flatten()
-            batches = {d: order.to(d).split(size) for d in {t.device for t in self.train}}
+                longest = self.train[1][order].view(-1, size).amax(1).tolist()
+            order = order.view(-1, world, share)[:, rank].flatten()
+            batches = {d: order.to(d).split(share) for d in {t.device for t in self.train}}
             first, start = len(self.pending), time.time()
             shown = saved = mark = start
             self.model.train()
             for i in range(first, n // size):
-                yield tuple(t[batches[t.device][i]] for t in self.train)
+                batch = tuple(t[batches[t.device][i]] for t in self.train)
+                if len(batch) == 3:  # no more padding than the whole batch needs
+                    batch = batch[0][:, :longest[i]], *batch[1:]
+                if world > 1:
+                    with SharedNoise(rank, share, world):
+                        yield batch
+                else:
+                    yield batch
                 self.step += 1
+                if rank:
+                    continue
                 self.update_average()
                 now = time.time()
                 if now - shown > 1 and sys.stdout.isatty():
@@ -545,8 +596,15 @@ class Run:
                     print(f"\nstopped; go on with --resume {self.dir}/checkpoint.pt", flush=True)
                     sys.exit(130)
             self.speeds.append((n // size - first) * size / (time.time() - start))
-            self.end_epoch(mark)
+            if rank:
+                self.epoch, self.pending = self.epoch + 1, []
+            else:
+                self.end_epoch(mark)
         signal.signal(signal.SIGINT, before)
+        if world > 1:
+            distributed.destroy_process_group()
+        if rank:
+            sys.exit(0)
 
     def end_epoch(self, mark):
         """Validate, log and save; `mark` is since when the time has not been counted."""
@@ -565,11 +623,30 @@ class Run:
         lines = [self.rows[0], *(row.values() for row in self.rows)]
         write(self.dir / "log.csv", lambda path: path.write_text("".join(",".join(map(str, r)) + "\n" for r in lines)))
 
+    def share(self):
+        """Under torchrun: give every process the mean of all processes' gradients; to be called before each step.
+
+        What DistributedDataParallel does for a model's `forward`; these models have other methods that train.
+        """
+        if self.args.world > 1:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            flat = self.mean(torch.cat([g.flatten() for g in gradients]))
+            for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+                g.copy_(part.view_as(g))
+
+    def mean(self, values):
+        try:
+            distributed.all_reduce(values)
+        except RuntimeError:  # the first process has saved and gone
+            sys.exit(130)
+        return values / self.args.world
+
     def log(self, loss, **figures):
         """Keep this step's means; they stay on the device until the epoch ends."""
         self.names = ("loss", *figures)
-        self.pending.append(torch.stack([torch.as_tensor(f, device=loss.device).detach().float().mean()
-                                         for f in (loss, *figures.values())]))
+        values = torch.stack([torch.as_tensor(f, device=loss.device).detach().float().mean()
+                              for f in (loss, *figures.values())])
+        self.pending.append(values if self.args.world == 1 else self.mean(values))
 
     def figures(self):
         """The epoch's means so far; ends the program if a loss was not finite."""

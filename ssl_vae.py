@@ -222,7 +222,7 @@ def main(argv=None):
 
     run = common.Run(args, model, model_args, optimizer, (x[rest], y[rest]), lambda m: scores(m, *data.valid, seed=1))
     for x, _ in run:
-        i = torch.randint(n, (min(n, args.batch_size),), device=x.device)
+        i = torch.randint(n, (min(n, args.batch_size),), device=x.device).chunk(args.world)[args.rank]
         x_l, y_l = x_labelled[i], y_labelled[i]
         cross_entropy = F.cross_entropy(classify(view(x_l)), y_l)
         l, u, differ = labelled(common.binarise(x_l), y_l).mean(), 0.0, 0.0
@@ -234,6 +234,7 @@ def main(argv=None):
         loss = -u - weight * l + args.alpha * (cross_entropy + 0.3 * differ)
         optimizer.zero_grad()
         loss.backward()
+        run.share()
         nn.utils.clip_grad_norm_(model.parameters(), 100.0)
         optimizer.step()
         run.log(loss, labelled=-l, unlabelled=-u, cross_entropy=cross_entropy, differ=differ)

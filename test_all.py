@@ -742,6 +742,43 @@ def test_interrupt_inside_an_epoch_saves_and_goes_on_exactly():
         assert Path("whole/log.csv").read_text() == Path("parts/log.csv").read_text()
 
 
+def test_noise_of_several_processes_is_that_of_one():
+    draws = (lambda n: torch.randn(3, n, 5), lambda n: torch.rand(torch.Size((n, 1, 4, 4))), lambda n: torch.rand(6, n),
+             lambda n: torch.randn_like(torch.zeros(n, 7)), lambda n: torch.randint(9, (n,)), lambda n: torch.randn(4, 4))
+    for draw_ in draws:
+        torch.manual_seed(0)
+        whole = draw_(20)
+        parts = []
+        for rank in range(2):
+            torch.manual_seed(0)
+            with common.SharedNoise(rank, 10, 2):
+                parts.append(draw_(10))
+            after = torch.rand(1)
+        torch.manual_seed(0)
+        draw_(20)
+        assert torch.equal(after, torch.rand(1))
+        dim = next((i for i, n in enumerate(whole.shape) if n == 20), None)
+        assert torch.equal(parts[0], parts[1]) if dim is None else torch.equal(torch.cat(parts, dim), whole)
+
+
+def test_two_processes_learn_as_one_does():
+    with folder():
+        flags = ["--epochs", "5", "--test-samples", "1", *SMALL["draw"], "--batch-size", "100", "--out-dir"]
+        train("draw", *flags, "one")
+        Path("both.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport common, draw, test_all\n"
+                                   f"common.images = test_all.tiny_glyphs\ndraw.main({[*flags, 'two']})\n")
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "both.py"],
+                              capture_output=True, text=True, timeout=170, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        one, two = (list(csv.DictReader(open(f"{d}/log.csv"))) for d in ("one", "two"))
+        assert len(one) == len(two) == 5
+        for a, b in zip(one, two):
+            for name in a:
+                close(float(b[name]) / float(a[name]), 1, 1e-4)
+        with contextlib.redirect_stdout(io.StringIO()):        # and one goes on where two stopped
+            train("draw", "--resume", "two/checkpoint.pt", "--epochs", "6")
+
+
 def test_the_test_split_is_touched_once_at_the_end():
     class Guarded(SimpleNamespace):
         def __getattribute__(self, name):

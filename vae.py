@@ -171,6 +171,7 @@ def main(argv=None):
             loss = -common.log_mean_exp(log_w).mean()
         optimizer.zero_grad()
         loss.backward()
+        run.share()
         nn.utils.clip_grad_norm_(model.parameters(), 100.0)
         optimizer.step()
         run.log(loss, rec=-log_px, kl=kl)

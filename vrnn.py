@@ -316,11 +316,12 @@ def main(argv=None):
     if args.compile:
         model.step = torch.compile(model.step)
     for x, lengths, y in run:
-        x = see(x[:, :int(lengths.max())]).transpose(0, 1)
+        x = see(x).transpose(0, 1)
         log_px, kl, _ = model(x, lengths.to(x.device), y if args.conditional else None)
         loss = (kl - log_px).mean()
         optimizer.zero_grad()
         loss.backward()
+        run.share()
         nn.utils.clip_grad_norm_(model.parameters(), 100.0)
         optimizer.step()
         run.log(loss, rec=-log_px, kl=kl)
