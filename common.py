@@ -493,10 +493,8 @@ class SharedNoise(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.randn_like:
             func, args, kwargs = torch.randn, (args[0].shape,), {"device": args[0].device, "dtype": args[0].dtype}
-        if func not in (torch.rand, torch.randn, torch.randint) or self.world == 1:
-            return func(*args, **kwargs)
-        *first, shape = args if isinstance(args[-1], tuple) else (args,)
-        if self.size not in shape:
+        *first, shape = args if args and isinstance(args[-1], tuple) else (args,)
+        if func not in (torch.rand, torch.randn, torch.randint) or self.size not in shape:
             return func(*args, **kwargs)
         dim = shape.index(self.size)
         whole = func(*first, (*shape[:dim], self.size * self.world, *shape[dim + 1:]), **kwargs)
@@ -575,10 +573,7 @@ class Run:
                 batch = tuple(t[batches[t.device][i]] for t in self.train)
                 if len(batch) == 3:  # no more padding than the whole batch needs
                     batch = batch[0][:, :longest[i]], *batch[1:]
-                if world > 1:
-                    with SharedNoise(rank, share, world):
-                        yield batch
-                else:
+                with SharedNoise(rank, share, world) if world > 1 else contextlib.nullcontext():
                     yield batch
                 self.step += 1
                 if rank:
