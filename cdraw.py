@@ -6,8 +6,7 @@
                        x | y, z ~ Bernoulli(sigmoid(c_T))
     bound              log p(x|y) >= E_q[log p(x|y, z) - sum_t KL(q(z_t|x, y, z_{<t}) || p(z_t))]
 
-Reading and writing, by attention or not, are those of draw.py (eqs. 3-29 of the paper), and so are the
-deviations from it. The label adds a learned vector to the gates of each LSTM.
+Reading, writing and the deviations from the paper are those of draw.py; y adds a learned vector to the LSTMs' gates.
 
     python cdraw.py
     python cdraw.py --epochs 0 --resume out/cdraw/best.pt --digits 3141592    # draw these, a row each
@@ -77,7 +76,7 @@ class CDRAW(nn.Module):
                  z_dim=100, hidden=256):
         super().__init__()
         self.shape, self.glimpses, self.attention = tuple(shape), glimpses, attention
-        self.read_size, self.write_size, self.z_dim, self.hidden = read_size, write_size, z_dim, hidden
+        self.write_size, self.z_dim = write_size, z_dim
         channels, height, width = shape
         reads, writes = (channels * (n * n if attention else height * width) for n in (read_size, write_size))
         self.encoder = nn.Linear(2 * reads + 2 * hidden, 4 * hidden)
@@ -118,8 +117,7 @@ class CDRAW(nn.Module):
         """A time step of the generative model: z (B, z_dim), state, canvas (B, H, C * W) -> the next, filters, out."""
         h, c = lstm(torch.addmm(fixed, torch.cat([z, h], -1), self.decoder.weight.T), c)
         out = self.output(h)
-        canvas, filters = self.write(canvas, out)
-        return h, c, canvas, filters, out
+        return h, c, *self.write(canvas, out), out
 
     def step(self, x, fixed, weight, fixed_dec, h_enc, c_enc, h_dec, c_dec, canvas, filters):
         """A time step of both models; only what depends on the step before."""
@@ -158,8 +156,7 @@ class CDRAW(nn.Module):
             latent, state = self.step(x, fixed, weight, fixed_dec, *state)
             latents.append(latent)
         mu, logvar, z = map(torch.stack, zip(*latents))                        # (T, B, z_dim)
-        logits = state[4]
-        # log Bernoulli: x l - softplus(l), the softplus in a form that CPUs vectorise
+        logits = state[4]   # log Bernoulli: x l - softplus(l), the softplus in a form that CPUs vectorise
         log_px = ((x - 0.5) * logits - 0.5 * logits.abs() - torch.log(1 + torch.exp(-logits.abs()))).sum((1, 2))
         kl = 0.5 * (mu ** 2 + logvar.exp() - 1 - logvar).sum(-1)
         log_w = log_px + 0.5 * ((z - mu) ** 2 * (-logvar).exp() + logvar - z ** 2).sum((0, 2))
@@ -168,8 +165,7 @@ class CDRAW(nn.Module):
     def trace(self, z, y):
         """z (T, n, z_dim), y (n,) -> canvases as means (T, n, C, H, W), and write windows (T, n, 4).
 
-        Without attention there are none. A window is its centre x, y, its side, and the deviation of its filters, in
-        pixels.
+        Without attention there are none. A window is its centre x, y, its side and its filters' sigma, in pixels.
         """
         _, _, h, c, canvas, _ = self.begin(z.shape[1])
         canvases, boxes, fixed = [], [], self.biases(y)[1]
@@ -222,10 +218,9 @@ def main(argv=None):
         p.error(f"--digits {args.digits!r}: must be digits from 0 to 9, such as 3141592")
 
     data = common.images(args)
-    for flag in ("read_size", "write_size"):
-        if getattr(args, flag) > min(data.shape[1:]):
-            p.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: images of {data.shape[1]}x{data.shape[2]} "
-                    f"pixels take at most {min(data.shape[1:])}")
+    for flag, n in (("--read-size", args.read_size), ("--write-size", args.write_size)):
+        if n > min(data.shape[1:]):
+            p.error(f"{flag} {n}: images of {data.shape[1]}x{data.shape[2]} pixels take at most {min(data.shape[1:])}")
     model_args = dict(shape=data.shape, num_classes=data.num_classes, glimpses=args.glimpses, read_size=args.read_size,
                       write_size=args.write_size, attention=not args.no_attention, z_dim=args.z_dim)
     model = CDRAW(**model_args).to(args.device)
@@ -247,8 +242,7 @@ def main(argv=None):
         run.log(loss, rec=-log_px, kl=kl)
 
     model = run.best_model()
-    x_test = common.binarise(data.test[0], seed=2)
-    test = common.evaluate(model, x_test, data.test[1], args.test_samples, rows=1024)
+    test = common.evaluate(model, common.binarise(data.test[0], seed=2), data.test[1], args.test_samples, rows=1024)
     run.finish(val=validate(model), test=test)
 
     with torch.inference_mode():

@@ -236,10 +236,8 @@ def glyph_strokes(n, seed, step=0.08):
             polygon = polygon @ theta[:, :2].T
             length = np.r_[0, np.hypot(*np.diff(polygon, axis=0).T).cumsum()]
             at = np.linspace(0, length[-1], max(3, round(length[-1] / step)))
-            strokes.append(np.stack([*(np.interp(at, length, c) for c in polygon.T), at == at[-1]], 1))
-        points = np.concatenate(strokes)
-        points[:, :2] = np.diff(points[:, :2], axis=0, prepend=points[:1, :2])
-        sequences.append(torch.from_numpy(points).float())
+            strokes.append(np.stack([np.interp(at, length, c) for c in polygon.T], 1))
+        sequences.append(strokes_to_moves(strokes, "glyphs"))
     return sequences, y
 
 
@@ -280,13 +278,12 @@ def sequences(args):
 
 def strokes_to_moves(strokes, file, limit=2000):
     """Lists of (x, y) points -> (T, 3) rows of (dx, dy, pen-up), pen-up 1 at the last point of a stroke."""
-    strokes = [s for s in strokes if s]
-    points = torch.tensor([[*p, i == len(s) - 1] for s in strokes for i, p in enumerate(s)], dtype=torch.float32)
+    strokes = [np.c_[np.array(s), np.arange(len(s)) == len(s) - 1] for s in strokes if len(s)]
+    points = np.concatenate(strokes or [np.empty((0, 3))])
     if not 0 < len(points) <= limit:
         fail(f"{file}: has {len(points)} points; a sequence has 1 to {limit}")
-    points[1:, :2] = points[1:, :2].diff(dim=0, prepend=points[:1, :2])
-    points[0, :2] = 0
-    return points
+    points[:, :2] = np.diff(points[:, :2], axis=0, prepend=points[:1, :2])
+    return torch.from_numpy(points).float()
 
 
 def pendigits(root):
@@ -406,10 +403,15 @@ def grey(x, seed=None):
     return x.float() / 255
 
 
-def binarise(x, seed=None):
-    """Pixels from Bernoulli(x / 255): new ones at every call, or the same for a seed, on any device."""
+def uniform(x, seed=None):
+    """Numbers in [0, 1) of x's shape: new ones at every call, or the same for a seed, on any device."""
     g = None if seed is None else torch.Generator().manual_seed(seed)
-    return (torch.rand(x.shape, generator=g, device=None if g else x.device).to(x.device) * 255 < x).float()
+    return torch.rand(x.shape, generator=g, device=None if g else x.device).to(x.device)
+
+
+def binarise(x, seed=None):
+    """Pixels from Bernoulli(x / 255), drawn as `uniform` draws."""
+    return (uniform(x, seed) * 255 < x).float()
 
 
 # --------------------------------------------------------------------------------------- ELBO helpers

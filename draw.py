@@ -86,7 +86,7 @@ class DRAW(nn.Module):
                  z_dim=100, hidden=256):
         super().__init__()
         self.shape, self.glimpses, self.attention = tuple(shape), glimpses, attention
-        self.read_size, self.write_size, self.z_dim, self.hidden = read_size, write_size, z_dim, hidden
+        self.write_size, self.z_dim = write_size, z_dim
         channels, height, width = shape
         reads, writes = (channels * (n * n if attention else height * width) for n in (read_size, write_size))
         self.encoder = nn.Linear(2 * reads + 2 * hidden, 4 * hidden)
@@ -125,8 +125,7 @@ class DRAW(nn.Module):
         """A time step of the generative model: z (B, z_dim), state, canvas (B, H, C * W) -> the next, filters, out."""
         h, c = lstm(self.decoder(torch.cat([z, h], -1)), c)
         out = self.output(h)
-        canvas, filters = self.write(canvas, out)
-        return h, c, canvas, filters, out
+        return h, c, *self.write(canvas, out), out
 
     def step(self, x, fixed, weight, h_enc, c_enc, h_dec, c_dec, canvas, filters):
         """A time step of both models; only what depends on the step before."""
@@ -160,8 +159,7 @@ class DRAW(nn.Module):
             latent, state = self.step(x, fixed, weight, *state)
             latents.append(latent)
         mu, logvar, z = map(torch.stack, zip(*latents))                        # (T, B, z_dim)
-        logits = state[4]
-        # log Bernoulli: x l - softplus(l), the softplus in a form that CPUs vectorise
+        logits = state[4]   # log Bernoulli: x l - softplus(l), the softplus in a form that CPUs vectorise
         log_px = ((x - 0.5) * logits - 0.5 * logits.abs() - torch.log(1 + torch.exp(-logits.abs()))).sum((1, 2))
         kl = 0.5 * (mu ** 2 + logvar.exp() - 1 - logvar).sum(-1)
         log_w = log_px + 0.5 * ((z - mu) ** 2 * (-logvar).exp() + logvar - z ** 2).sum((0, 2))
@@ -170,8 +168,7 @@ class DRAW(nn.Module):
     def trace(self, z):
         """z (T, n, z_dim) -> canvases as means (T, n, C, H, W), and write windows (T, n, 4).
 
-        Without attention there are none. A window is its centre x, y, its side, and the deviation of its filters, in
-        pixels.
+        Without attention there are none. A window is its centre x, y, its side and its filters' sigma, in pixels.
         """
         _, _, h, c, canvas, _ = self.begin(z.shape[1])
         canvases, boxes = [], []
@@ -222,10 +219,9 @@ def main(argv=None):
     args = common.parse(p, argv)
 
     data = common.images(args)
-    for flag in ("read_size", "write_size"):
-        if getattr(args, flag) > min(data.shape[1:]):
-            p.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: images of {data.shape[1]}x{data.shape[2]} "
-                    f"pixels take at most {min(data.shape[1:])}")
+    for flag, n in (("--read-size", args.read_size), ("--write-size", args.write_size)):
+        if n > min(data.shape[1:]):
+            p.error(f"{flag} {n}: images of {data.shape[1]}x{data.shape[2]} pixels take at most {min(data.shape[1:])}")
     model_args = dict(shape=data.shape, glimpses=args.glimpses, read_size=args.read_size, write_size=args.write_size,
                       attention=not args.no_attention, z_dim=args.z_dim, hidden=args.hidden)
     model = DRAW(**model_args).to(args.device)
@@ -255,8 +251,8 @@ def main(argv=None):
         torch.manual_seed(args.seed)
         canvases, boxes = model.trace(torch.randn(args.glimpses, 40, args.z_dim, device=args.device))
         columns = torch.linspace(0, args.glimpses - 1, min(10, args.glimpses)).round().long()
-        picture = canvases[columns, :10].transpose(0, 1).flatten(0, 1)
-        save_image(picture, run.dir / "samples.png", nrow=len(columns), padding=1)
+        save_image(canvases[columns, :10].transpose(0, 1).flatten(0, 1), run.dir / "samples.png",
+                   nrow=len(columns), padding=1)
         animate(run.dir / "drawing.gif", canvases, boxes, nrow=8)
 
 

@@ -15,8 +15,8 @@ Given a label y, each factor of the joint distribution may depend on it:
     log p(x|y)  = log E_q[p(x, z|y) / q(z|x, y)] >= E_q[log p(x, z|y) - log q(z|x, y)]      (Jensen)
                 = E_q sum_t [log p(x_t|z_{<=t}, x_{<t}, y) - KL(q(z_t|x_{<=t}, z_{<t}, y) || p(z_t|x_{<t}, z_{<t}, y))]
 
-as log p - log q is a sum over t, and given the past the expectation over z_t of its t-th term is minus
-that KL. So the label enters prior, inference, generation and, through h, recurrence; nothing else changes.
+as log p - log q is a sum over t, and given the past the expectation over z_t of its t-th term is minus that
+KL. So the label enters prior, inference, generation and recurrence; nothing else changes.
 
 A sequence ends by itself: after every step, e_t ~ Bernoulli(s(h_t)) says whether x_t was the last one.
 The bound is then one of log p(x, length): log(1 - s(h_t)) joins it for t < T, and log s(h_T) at the end.
@@ -28,6 +28,7 @@ The bound is then one of log p(x, length): log(1 - s(h_t)) joins it for t < T, a
     python vrnn.py --z-dim 0                                     # the RNN without latents
 """
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +38,6 @@ from torch import nn
 def bernoulli(x, logits):
     """log Bernoulli(x; sigmoid(logits)) in nats, elementwise, with a softplus that CPUs vectorise."""
     return (x - 0.5) * logits - 0.5 * logits.abs() - torch.log(1 + torch.exp(-logits.abs()))
-
-
-def gaussian(x, mu, logvar):
-    """log N(x; mu, e^logvar) in nats, elementwise."""
-    return -0.5 * ((x - mu) ** 2 * (-logvar).exp() + logvar + math.log(2 * math.pi))
 
 
 class VRNN(nn.Module):
@@ -74,8 +70,8 @@ class VRNN(nn.Module):
             self.out_z = nn.Linear(features, features, bias=False)
             self.enc_x, self.enc_h = nn.Linear(features, features), nn.Linear(hidden, features, bias=False)
             self.enc = nn.Sequential(nn.SiLU(), nn.Linear(features, 2 * z_dim))
-            self.prior_h = nn.Linear(hidden, features) if prior == "learned" else None
-            self.prior = nn.Sequential(nn.SiLU(), nn.Linear(features, 2 * z_dim)) if prior == "learned" else None
+            self.prior_h, self.prior = (None, None) if prior == "standard" else (
+                nn.Linear(hidden, features), nn.Sequential(nn.SiLU(), nn.Linear(features, 2 * z_dim)))
         outputs = {"bernoulli": x_dim, "gaussian": mixtures * (1 + 2 * x_dim), "pen": mixtures * 6 + 1}[likelihood]
         self.out = nn.Sequential(nn.SiLU(), nn.Linear(features, features), nn.SiLU(), nn.Linear(features, outputs))
         self.end = nn.Linear(hidden, 1) if stop else None
@@ -89,8 +85,7 @@ class VRNN(nn.Module):
     def prior_of(self, h, label):
         """mu, logvar (..., z_dim) of p(z_t|h_{t-1})."""
         if self.prior is None:
-            zero = h.new_zeros(*h.shape[:-1], self.z_dim)
-            return zero, zero
+            return h.new_zeros(2, *h.shape[:-1], self.z_dim).unbind(0)
         mu, logvar = self.prior(self.prior_h(h) + label).chunk(2, -1)
         return mu, logvar.clamp(-10, 10)
 
@@ -124,7 +119,8 @@ class VRNN(nn.Module):
             return bernoulli(x, out).sum(-1)
         log_weights, mu, logvar, rest = self.mixture(out)
         if self.likelihood == "gaussian":
-            return torch.logsumexp(log_weights + gaussian(x[..., None, :], mu, logvar).sum(-1), -1)
+            log_n = -0.5 * ((x[..., None, :] - mu) ** 2 * (-logvar).exp() + logvar + math.log(2 * math.pi)).sum(-1)
+            return torch.logsumexp(log_weights + log_n, -1)
         # a bivariate Gaussian with correlation r is N(x_1) N(x_2 | x_1), in standardised coordinates
         r = 0.99 * torch.tanh(rest[..., :-1])
         u, v = ((x[..., None, :2] - mu) * (-0.5 * logvar).exp()).unbind(-1)
@@ -170,8 +166,7 @@ class VRNN(nn.Module):
         log_px = self.log_px(x, self.output(before, f_z, label_out))
         if self.stop:
             log_px = log_px + bernoulli((t == lengths - 1).to(x.dtype), self.end(after).squeeze(-1))
-        log_px, kl, log_w = (torch.where(inside, v, 0.0) for v in (log_px, kl, log_px + log_ratio))
-        return log_px, kl, log_w
+        return [torch.where(inside, v, 0.0) for v in (log_px, kl, log_px + log_ratio)]
 
     def draw(self, out, temperature):
         """x_t (B, D) from the parameters of p(x_t|z_t, h_{t-1})."""
@@ -212,47 +207,43 @@ class VRNN(nn.Module):
         return torch.stack(xs), lengths
 
 
+def grid(n, columns, size):
+    """A figure for n drawings without frames, `columns` in a row, each `size` inches."""
+    from matplotlib.figure import Figure
+    rows = -(-n // columns)
+    fig = Figure(figsize=(size[0] * columns, size[1] * rows))
+    axes = fig.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    return fig, axes.flat
+
+
 def pen_picture(path, x, lengths, columns):
     """Strokes (T, B, 3) as lines, `columns` in a row."""
-    import matplotlib.pyplot as plt
-
-    rows = -(-x.shape[1] // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(columns, rows), squeeze=False)
-    for i, axis in enumerate(axes.flat):
-        axis.axis("off")
+    fig, axes = grid(x.shape[1], columns, (1, 1))
+    for axis, n, moves in zip(axes, lengths, x.cpu().unbind(1)):
         axis.set_aspect("equal")
-        if i < x.shape[1]:
-            moves = x[:lengths[i], i].cpu()
-            points = moves[:, :2].cumsum(0)
-            for stroke in points.tensor_split((moves[:, 2] > 0.5).nonzero().flatten() + 1):
-                axis.plot(*stroke.T, "k-" if len(stroke) > 1 else "k.", linewidth=1, markersize=2)
+        points = moves[:n, :2].cumsum(0)
+        for stroke in points.tensor_split((moves[:n, 2] > 0.5).nonzero().flatten() + 1):
+            axis.plot(*stroke.T, "k-" if len(stroke) > 1 else "k.", linewidth=1, markersize=2)
     fig.savefig(path, dpi=80)
-    plt.close(fig)
 
 
 def sound_pictures(folder, x, lengths, columns, rate, scale):
     """Frames (T, B, D) as WAV files in folder/sounds, and their waveforms and spectrograms as pictures."""
     import wave
-    import matplotlib.pyplot as plt
 
     (folder / "sounds").mkdir(exist_ok=True)
-    rows = -(-x.shape[1] // columns)
-    for name in ("samples", "spectrograms"):
-        fig, axes = plt.subplots(rows, columns, figsize=(2 * columns, rows), squeeze=False)
-        for i, axis in enumerate(axes.flat):
-            axis.axis("off")
-            if i < x.shape[1]:
-                sound = (x[:lengths[i], i].flatten().cpu() * scale).clamp(-32768, 32767)
-                if name == "samples":
-                    axis.plot(sound, linewidth=0.3)
-                    with wave.open(str(folder / "sounds" / f"{i // columns}_{i % columns}.wav"), "wb") as file:
-                        file.setnchannels(1), file.setsampwidth(2), file.setframerate(rate)
-                        file.writeframes(sound.to(torch.int16).numpy().tobytes())
-                else:
-                    power = torch.stft(sound, 128, 32, window=torch.hann_window(128), return_complex=True).abs()
-                    axis.imshow((1 + power).log(), origin="lower", aspect="auto")
-        fig.savefig(folder / f"{name}.png", dpi=80)
-        plt.close(fig)
+    (waves, at), (spectra, at_spectrum) = grid(x.shape[1], columns, (2, 1)), grid(x.shape[1], columns, (2, 1))
+    for i, (n, frames) in enumerate(zip(lengths, x.cpu().unbind(1))):
+        sound = (frames[:n].flatten() * scale).clamp(-32768, 32767)
+        at[i].plot(sound, linewidth=0.3)
+        power = torch.stft(sound, 128, 32, window=torch.hann_window(128), return_complex=True).abs()
+        at_spectrum[i].imshow((1 + power).log(), origin="lower", aspect="auto")
+        with wave.open(str(folder / "sounds" / f"{i // columns}_{i % columns}.wav"), "wb") as file:
+            file.setnchannels(1), file.setsampwidth(2), file.setframerate(rate)
+            file.writeframes(sound.to(torch.int16).numpy().tobytes())
+    waves.savefig(folder / "samples.png", dpi=80), spectra.savefig(folder / "spectrograms.png", dpi=80)
 
 
 def main(argv=None):
@@ -278,8 +269,7 @@ def main(argv=None):
         p.error(f"--conditional: --dataset {args.dataset} has no labels")
     likelihood, mixtures, epochs, size = {"rows": ("bernoulli", 1, 20, 128), "pen": ("pen", 20, 60, 64),
                                           "speech": ("gaussian", 1, 100, 32)}[data.kind]
-    args.epochs, args.batch_size = (default if given is None else given for given, default in (
-        (args.epochs, epochs), (args.batch_size, size)))
+    args.epochs, args.batch_size = epochs if args.epochs is None else args.epochs, args.batch_size or size
     model_args = dict(x_dim=data.train[0].shape[-1], z_dim=args.z_dim, likelihood=likelihood, prior=args.prior,
                       num_classes=data.num_classes if args.conditional else 0, stop=data.kind != "rows",
                       mixtures=args.mixtures or mixtures)
@@ -290,17 +280,14 @@ def main(argv=None):
         """Binary rows, or values spread over the step of their recording: a density of integers could grow for ever."""
         if data.kind == "rows":
             return common.binarise(x, seed)
-        g = None if seed is None else torch.Generator().manual_seed(seed)
-        noise = torch.rand(x.shape, generator=g, device=None if g else x.device).to(x.device) - 0.5
+        noise = common.uniform(x, seed) - 0.5
         if data.kind == "pen":
             noise[..., 2] = 0
         return x + data.unit * noise
 
-    def bound(m):
-        def terms(x, of, k):
-            lengths, y = of.unbind(1)
-            return m(x[:, :int(lengths.max())].transpose(0, 1), lengths, y if args.conditional else None, k)
-        return terms
+    def bound(m, x, of, k):
+        lengths, y = of.unbind(1)
+        return m(x[:, :int(lengths.max())].transpose(0, 1), lengths, y if args.conditional else None, k)
 
     def fixed(part, seed):
         """A part, seen once, its sequences sorted by length so that little is padded."""
@@ -311,7 +298,7 @@ def main(argv=None):
 
     x_valid, of_valid = fixed(data.valid, seed=1)
     rows = max(64, 20_000 // x_valid.shape[1])
-    validate = lambda m: common.evaluate(bound(m), x_valid, of_valid, rows=rows)
+    validate = lambda m: common.evaluate(partial(bound, m), x_valid, of_valid, rows=rows)
     run = common.Run(args, model, model_args, optimizer, data.train, validate)
     if args.compile:
         model.step = torch.compile(model.step)
@@ -327,7 +314,7 @@ def main(argv=None):
         run.log(loss, rec=-log_px, kl=kl)
 
     model = run.best_model()
-    test = common.evaluate(bound(model), *fixed(data.test, seed=2), args.test_samples, rows)
+    test = common.evaluate(partial(bound, model), *fixed(data.test, seed=2), args.test_samples, rows)
     run.finish(val=validate(model), test=test)
 
     with torch.inference_mode():
