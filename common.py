@@ -46,6 +46,16 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def last_words(kind, error, trace):
+    """An excepthook: Ctrl-C outside training, and a device whose memory is full, end with a line, too."""
+    if kind is KeyboardInterrupt:
+        print("\nstopped", flush=True)
+        sys.exit(130)
+    if re.search("out of memory|not enough memory|can't allocate", str(error)) or kind is MemoryError:
+        fail(f"out of memory ({first_line(error)}); take a smaller model or --batch-size")
+    sys.__excepthook__(kind, error, trace)
+
+
 # ---------------------------------------------------------------------------------------------- flags
 
 class Parser(argparse.ArgumentParser):
@@ -90,6 +100,7 @@ def parser(doc, epochs, batch_size, lr, test_samples, datasets=("mnist", "fashio
 def parse(p, argv=None):
     """Parse, take over a checkpoint's flags where none are given, choose the device, seed."""
     args, script, checkpoint = p.parse_args(argv), Path(inspect.stack()[1].filename).stem, None
+    sys.excepthook = last_words
     if args.resume:
         checkpoint = load_checkpoint(args.resume, script)
         p.set_defaults(**{k: v for k, v in checkpoint["args"].items()
@@ -513,7 +524,7 @@ class Run:
     the averaged model, validate(model) -> dict whose first value is to be minimised, a line of the log, and
     the checkpoint, whose `model` is the averaged one.
     """
-    gamma = 12.0
+    gamma, save_every = 12.0, 180   # save_every: seconds, within an epoch
     state = ("epoch", "step", "rows", "seconds", "speeds", "best", "pending")
 
     def __init__(self, args, model, model_args, optimizer, train, validate):
@@ -549,7 +560,7 @@ class Run:
                     raise PermissionError(13, "Permission denied")
             except OSError as error:
                 fail(f"can't write to {folder} ({error.strerror}); choose another --out-dir")
-            used = any((folder / f).exists() for f in ("checkpoint.pt", "log.csv", "results.json", "samples.png"))
+            used = any((folder / f).exists() for f in ("checkpoint.pt", "results.json", "samples.png"))
             if not used or going_on and folder.resolve() == source.resolve():
                 return folder
         fail(f"{folder} already holds a run; choose another --out-dir, or --resume {folder}/checkpoint.pt")
@@ -558,7 +569,7 @@ class Run:
         n, size = len(self.train[0]), min(self.args.batch_size, len(self.train[0]))
         rank, world = self.args.rank, self.args.world
         size, share = size // world * world, size // world
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN if rank else lambda *_: setattr(self, "stop", True))
+        self.before = signal.signal(signal.SIGINT, signal.SIG_IGN if rank else lambda *_: setattr(self, "stop", True))
         while self.epoch < self.args.epochs:
             g = torch.Generator().manual_seed(self.args.seed * 10_007 + self.epoch)
             order = torch.randperm(n, generator=g)[:n // size * size]
@@ -585,23 +596,28 @@ class Run:
                 if now - shown > 1 and sys.stdout.isatty():
                     print(f"\r  epoch {self.epoch + 1}: {i + 1}/{n // size} ", end="", flush=True)
                     shown = now
-                if self.stop or now - saved > 180 and i + 1 < n // size:
+                if self.stop or now - saved > self.save_every and i + 1 < n // size:
                     self.seconds, mark, saved = self.seconds + now - mark, now, now
                     self.figures()
                     self.save("checkpoint.pt")
                 if self.stop:
-                    print(f"\nstopped; go on with --resume {self.dir}/checkpoint.pt", flush=True)
-                    sys.exit(130)
+                    self.leave()
             self.speeds.append((n // size - first) * size / (time.time() - start))
             if rank:
                 self.epoch, self.pending = self.epoch + 1, []
             else:
                 self.end_epoch(mark)
-        signal.signal(signal.SIGINT, before)
         if world > 1:
             distributed.destroy_process_group()
         if rank:
             sys.exit(0)
+        signal.signal(signal.SIGINT, self.leave)   # until `finish`
+        if self.stop:
+            self.leave()
+
+    def leave(self, *_):
+        print(f"\nstopped; go on with --resume {self.dir}/checkpoint.pt", flush=True)
+        sys.exit(130)
 
     def end_epoch(self, mark):
         """Validate, log and save; `mark` is since when the time has not been counted."""
@@ -615,10 +631,10 @@ class Run:
               f"  valid {show(valid)}  {self.speeds[-1]:,.0f} examples/s  {gone} gone, {left} left", flush=True)
         value = next(iter(valid.values()))
         better, self.best = value <= self.best, min(value, self.best)
-        for name in ("best.pt", "checkpoint.pt") if better else ("checkpoint.pt",):
-            self.save(name)
         lines = [self.rows[0], *(row.values() for row in self.rows)]
         write(self.dir / "log.csv", lambda path: path.write_text("".join(",".join(map(str, r)) + "\n" for r in lines)))
+        for name in ("best.pt", "checkpoint.pt") if better else ("checkpoint.pt",):   # checkpoint.pt last: it says
+            self.save(name)                                                           # that all of this is done
 
     def share(self):
         """Under torchrun: give every process the mean of all processes' gradients; to be called before each step.
@@ -701,4 +717,5 @@ class Run:
                   "examples_per_second": round(speed, 1), "torch": torch.__version__,
                   "threads": torch.get_num_threads(), **figures}
         write(self.dir / "results.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
+        signal.signal(signal.SIGINT, self.before)
         print(f"{show(figures)}\npictures, results.json and checkpoints are in {self.dir}", flush=True)

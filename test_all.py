@@ -13,7 +13,11 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import random
+import signal
+import statistics
 import struct
 import subprocess
 import sys
@@ -28,6 +32,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import cdraw
 import common
@@ -742,6 +747,84 @@ def test_interrupt_inside_an_epoch_saves_and_goes_on_exactly():
         assert Path("whole/log.csv").read_text() == Path("parts/log.csv").read_text()
 
 
+def test_interrupt_in_the_test_phase_keeps_the_training():
+    with folder():
+        with patched(common, "evaluate", lambda *args, **_: signal.raise_signal(signal.SIGINT) if len(args) > 3 else
+                     {"neg_elbo": 1.0}), contextlib.redirect_stderr(io.StringIO()):
+            try:
+                train("vae", "--epochs", 1, "--out-dir", "a")
+                raise AssertionError("went on")
+            except SystemExit as stop:
+                assert stop.code == 130
+        assert Path("a/checkpoint.pt").exists() and not Path("a/results.json").exists()
+        train("vae", "--resume", "a/checkpoint.pt")
+        assert Path("a/results.json").exists()
+
+
+def child(script, flags, save_every, limit):
+    import resource
+    common.Run.save_every = save_every
+    with open("error.txt", "w") as errors, contextlib.redirect_stderr(errors):
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        train(script, *flags)
+
+
+def start(script, *flags, save_every=180, limit=None):
+    """Train in a process of its own, forked from one that has imported torch; `limit` bytes may a file have."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchvision.utils", "torchvision.datasets", "matplotlib.figure"])
+    process = context.Process(target=child, args=(script, flags, save_every, limit))
+    process.start()
+    return process
+
+
+def test_kill_at_any_moment_loses_nothing():
+    """SEQVAE_KILLS=N: of every script, in the place of one."""
+    g = random.Random(time.time_ns())
+    for script in SCRIPTS:
+        with folder():
+            began = time.time()
+            train(script, "--epochs", 2, "--out-dir", "whole")
+            seconds, kills = 2 * (time.time() - began) + 1, 0     # a process of its own takes longer
+            while kills < int(os.environ.get("SEQVAE_KILLS", 1)):
+                resume = ["--resume", "parts/checkpoint.pt"] if Path("parts/checkpoint.pt").exists() else []
+                run = start(script, "--epochs", 2, "--out-dir", "parts", *resume, save_every=0)
+                run.join(seconds * g.random())
+                run.kill()
+                run.join()
+                assert run.exitcode in (-signal.SIGKILL, 0), (script, run.exitcode)
+                kills += run.exitcode != 0
+            resume = ["--resume", "parts/checkpoint.pt"] if Path("parts/checkpoint.pt").exists() else []
+            end = start(script, "--epochs", 2, "--out-dir", "parts", *resume)
+            end.join()
+            assert end.exitcode == 0, script
+            for name in ("best.pt", "checkpoint.pt"):
+                a, b = (torch.load(f"{d}/{name}", weights_only=True) for d in ("whole", "parts"))
+                assert all(torch.equal(a[part][k], b[part][k]) for part in ("model", "weights") for k in a[part]), script
+            assert Path("whole/log.csv").read_text() == Path("parts/log.csv").read_text(), script
+            a, b = (json.loads(Path(d, "results.json").read_text()) for d in ("whole", "parts"))
+            assert all(a[k] == b[k] for k in a if k.startswith("test_")), script
+
+
+def test_a_full_disk_or_memory_ends_with_a_line_and_nothing_lost():
+    with folder() as here:
+        for flags in (["--out-dir", "new"], ["--out-dir", "old"]):
+            run = start("vae", "--epochs", 1, *flags, limit=20_000 if flags[-1] == "new" else None)
+            run.join()
+        before = {p: p.read_bytes() for p in here.glob("old/*")}
+        assert not Path("new/checkpoint.pt").exists() and {"checkpoint.pt", "best.pt"} <= {p.name for p in before}
+        run = start("vae", "--resume", "old/checkpoint.pt", "--epochs", 2, limit=20_000)
+        run.join()
+        error = Path("error.txt").read_text()
+        assert run.exitcode == 2 and error.count("\n") == 1 and "can't write old" in error, error
+        torch.load("old/checkpoint.pt", weights_only=True)
+        assert all(p.read_bytes() == text for p, text in before.items() if p.suffix == ".pt")
+        done = subprocess.run([sys.executable, HERE / "vae.py", "--dataset", "glyphs", "--hidden", "100000000000"],
+                              capture_output=True, text=True, timeout=170)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "out of memory" in done.stderr, done.stderr
+
+
 def test_noise_of_several_processes_is_that_of_one():
     draws = (lambda n: torch.randn(3, n, 5), lambda n: torch.rand(torch.Size((n, 1, 4, 4))), lambda n: torch.rand(6, n),
              lambda n: torch.randn_like(torch.zeros(n, 7)), lambda n: torch.randint(9, (n,)), lambda n: torch.randn(4, 4))
@@ -1261,6 +1344,45 @@ def test_real_data():
         assert 100 < result["test_neg_elbo"] < 200, result
 
 
+def speed(steps=30):
+    """`python test_all.py speed`: the README's table, of training steps at default sizes, one thread.
+
+    Each step is followed by a product of two square matrices, whose rate is the core's.
+    """
+    whole, a = common.Run.__iter__, torch.rand(1024, 1024)
+    real = ["--data-dir", REAL, "--dataset"] if REAL else ["--dataset"]
+    calls = [(script, [*real, "mnist" if REAL else "glyphs"]) for script in SCRIPTS]
+    calls += [("vrnn", [*real, name]) for name in ("pendigits", "speech") if REAL]
+
+    def watched(run):
+        """The batches of a run; the first step's operations are counted, the others timed."""
+        flops = None
+        for batch in itertools.islice(whole(run), steps):
+            size = len(batch[0]) * (batch[0].shape[1] if len(batch) == 3 else 1)        # sequences: time steps
+            counter = FlopCounterMode(display=False) if flops is None else contextlib.nullcontext()
+            began = time.perf_counter()
+            with counter:
+                yield batch
+            middle = time.perf_counter()
+            a @ a
+            if flops is None:
+                flops = counter.get_total_flops() / size
+            else:
+                rate = 2 * len(a) ** 3 / (time.perf_counter() - middle)
+                figures.append((flops * size / len(batch[0]) / 1e6, len(batch[0]) / (middle - began), rate / 1e9,
+                                flops * size / (middle - began) / rate))
+        raise InterruptedError
+
+    print("| script | data | MFLOP an example | examples/s | GFLOP/s of a product | share |\n|---|---|---|---|---|---|")
+    for script, flags in calls:
+        figures = []
+        with folder(), patched(common.Run, "__iter__", watched), contextlib.suppress(InterruptedError), \
+                contextlib.redirect_stdout(io.StringIO()):
+            __import__(script).main([*flags, "--out-dir", "x"])
+        example, examples, rate, share = map(statistics.median, zip(*figures))
+        print(f"| `{script}.py` | {flags[-1]} | {example:.1f} | {examples:,.0f} | {rate:.0f} | {share:.2f} |", flush=True)
+
+
 def run_all():
     tests = {k: v for k, v in globals().items() if k.startswith("test_") and sys.argv[-1] in (k, sys.argv[0])}
     failed, start = 0, time.time()
@@ -1280,4 +1402,4 @@ def run_all():
 if __name__ == "__main__":
     if REAL:
         REAL = str(Path(REAL).resolve())
-    sys.exit(1 if run_all() else 0)
+    sys.exit(speed() if sys.argv[-1] == "speed" else 1 if run_all() else 0)

@@ -250,7 +250,7 @@ def main(argv=None):
     import common  # here, not above: the class needs torch alone and can be copied without it
     from torchvision.utils import save_image
 
-    p = common.parser(__doc__, epochs=None, batch_size=None, lr=1e-3, test_samples=50, datasets=(
+    p = common.parser(__doc__, epochs=None, batch_size=None, lr=4e-3, test_samples=50, datasets=(
         "mnist", "fashion-mnist", "kmnist", "pendigits", "iam-ondb", "speech", "wav", "glyphs"))
     p.add_argument("--z-dim", type=common.at_least(0), default=48, help="size of z_t; 0 is the RNN without latents")
     p.add_argument("--prior", choices=("learned", "standard"), default="learned", help="of z_t; standard is VRNN-I")
