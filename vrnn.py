@@ -267,7 +267,7 @@ def main(argv=None):
     data = common.sequences(args)
     if args.conditional and not data.num_classes:
         p.error(f"--conditional: --dataset {args.dataset} has no labels")
-    likelihood, mixtures, epochs, size = {"rows": ("bernoulli", 1, 20, 128), "pen": ("pen", 20, 60, 64),
+    likelihood, mixtures, epochs, size = {"rows": ("bernoulli", 1, 10, 128), "pen": ("pen", 20, 30, 64),
                                           "speech": ("gaussian", 1, 100, 32)}[data.kind]
     args.epochs, args.batch_size = epochs if args.epochs is None else args.epochs, args.batch_size or size
     model_args = dict(x_dim=data.train[0].shape[-1], z_dim=args.z_dim, likelihood=likelihood, prior=args.prior,
