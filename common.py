@@ -426,6 +426,12 @@ def binarise(x, seed=None):
     return (uniform(x, seed) * 255 < x).float()
 
 
+def dct(n, device="cpu"):
+    """The orthonormal discrete cosine transform: (n, n), to multiply a frame of n samples with from the right."""
+    k = torch.arange(n, dtype=torch.float64)
+    return (torch.cos(math.pi / n * (k[:, None] + 0.5) * k) * torch.where(k > 0, 2 / n, 1 / n) ** 0.5).float().to(device)
+
+
 # --------------------------------------------------------------------------------------- ELBO helpers
 
 def gaussian_kl(mu_q, logvar_q, mu_p, logvar_p):

@@ -1242,6 +1242,9 @@ def test_wav_files_of_any_rate_are_framed_and_learned_from():
         wav_file("low.wav", 8000, rate=8000)
         low = common.frames(Path("low.wav"), 8000).flatten()
         assert len(high) == len(low) == 8000 and (high - low)[200:-200].abs().max() < 40, (high - low).abs().max()
+        basis, tone = common.dct(200).double(), torch.cos(math.pi / 200 * 30 * (torch.arange(200) + 0.5)).double()
+        close(basis @ basis.T, torch.eye(200))       # so densities are those of the samples
+        close((tone @ basis).square(), F.one_hot(torch.tensor(30), 200) * 100, 1e-4)
         with contextlib.redirect_stdout(io.StringIO()):
             vrnn.main(["--dataset", "wav", "--data-dir", "in", "--dry-run", "--out-dir", "run", "--mixtures", "2"])
         sounds = sorted(Path("run/sounds").glob("*.wav"))
