@@ -218,7 +218,7 @@ def grid(n, columns, size):
     from matplotlib.figure import Figure
     rows = -(-n // columns)
     fig = Figure(figsize=(size[0] * columns, size[1] * rows))
-    axes = fig.subplots(rows, columns, squeeze=False)
+    axes = fig.subplots(rows, columns, squeeze=False, gridspec_kw=dict(left=0, right=1, bottom=0, top=1))
     for axis in axes.flat:
         axis.axis("off")
     return fig, axes.flat
@@ -243,9 +243,11 @@ def sound_pictures(folder, x, lengths, columns, rate, scale):
     (waves, at), (spectra, at_spectrum) = grid(x.shape[1], columns, (2, 1)), grid(x.shape[1], columns, (2, 1))
     for i, (n, frames) in enumerate(zip(lengths, x.cpu().unbind(1))):
         sound = (frames[:n].flatten() * scale).clamp(-32768, 32767)
-        at[i].plot(sound, linewidth=0.3)
+        at[i].plot(sound, "k", linewidth=0.3)
         power = torch.stft(sound, 128, 32, window=torch.hann_window(128), return_complex=True).abs()
-        at_spectrum[i].imshow((1 + power).log(), origin="lower", aspect="auto")
+        at_spectrum[i].imshow((1 + power).log(), origin="lower", aspect="auto", extent=(0, len(sound), 0, 1))
+        for axis in (at[i], at_spectrum[i]):
+            axis.set_xlim(0, int(lengths.max()) * x.shape[2])
         with wave.open(str(folder / "sounds" / f"{i // columns}_{i % columns}.wav"), "wb") as file:
             file.setnchannels(1), file.setsampwidth(2), file.setframerate(rate)
             file.writeframes(sound.to(torch.int16).numpy().tobytes())
