@@ -218,10 +218,8 @@ def grid(n, columns, size):
     from matplotlib.figure import Figure
     rows = -(-n // columns)
     fig = Figure(figsize=(size[0] * columns, size[1] * rows))
-    axes = fig.subplots(rows, columns, squeeze=False, gridspec_kw=dict(left=0, right=1, bottom=0, top=1))
-    for axis in axes.flat:
-        axis.axis("off")
-    return fig, axes.flat
+    return fig, fig.subplots(rows, columns, squeeze=False, gridspec_kw=dict(left=0, right=1, bottom=0, top=1),
+                             subplot_kw=dict(frame_on=False, xticks=[], yticks=[])).flat
 
 
 def pen_picture(path, x, lengths, columns):
