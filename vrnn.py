@@ -27,6 +27,9 @@ The bound is then one of log p(x, length): log(1 - s(h_t)) joins it for t < T, a
     python vrnn.py --prior standard                              # VRNN-I: z_t ~ N(0, I)
     python vrnn.py --z-dim 0                                     # the RNN without latents
 
+Measured, MNIST row by row, seed 0: `python vrnn.py --test-samples 10` ends at a test -ELBO of 81.77 nats after 42 minutes
+on one core of a busy server CPU. More in the README.
+
 Deviations from the paper: a GRU in place of the LSTM, SiLU units, and layers of 256 for all data; recordings of integers
 are spread over their steps by uniform noise, so that the density is bounded; a frame of speech enters as its orthonormal
 cosine transform, in which a diagonal covariance is a spectrum; a running average of the weights is tested.
