@@ -125,7 +125,7 @@ def parse(p, argv=None):
         distributed.init_process_group("nccl" if "cuda" in args.device else "gloo")
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)                # tiny numbers would slow a CPU several times
-    # tensor cores; on a CPU it chooses between two libraries, of which one is faster for products that aren't tiny
+    # tensor cores; on a CPU, the library that is faster unless products are tiny
     torch.set_float32_matmul_precision("highest" if 0 < (args.batch_size or 0) < 16 else "medium")
     return args
 
@@ -567,10 +567,10 @@ class Run:
                     raise PermissionError(13, "Permission denied")
             except OSError as error:
                 fail(f"can't write to {folder} ({error.strerror}); choose another --out-dir")
-            used = any((folder / f).exists() for f in ("checkpoint.pt", "results.json", "samples.png"))
+            used = any((folder / f).exists() for f in ("checkpoint.pt", "best.pt", "results.json", "samples.png"))
             if not used or going_on and folder.resolve() == source.resolve():
                 return folder
-        fail(f"{folder} already holds a run; choose another --out-dir, or --resume {folder}/checkpoint.pt")
+        fail(f"{folder} already holds a run; choose another --out-dir, or --resume its checkpoint.pt or best.pt")
 
     def __iter__(self):
         n, size = len(self.train[0]), min(self.args.batch_size, len(self.train[0]))
@@ -623,6 +623,7 @@ class Run:
             self.leave()
 
     def leave(self, *_):
+        signal.signal(signal.SIGINT, self.before)
         print(f"\nstopped; go on with --resume {self.dir}/checkpoint.pt", flush=True)
         sys.exit(130)
 

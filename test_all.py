@@ -779,6 +779,11 @@ def start(script, *flags, save_every=180, limit=None):
     return process
 
 
+def newest(run):
+    """The flags that go on with what a run has left."""
+    return next((["--resume", f"{run}/{name}"] for name in ("checkpoint.pt", "best.pt") if Path(run, name).exists()), [])
+
+
 def test_kill_at_any_moment_loses_nothing():
     """SEQVAE_KILLS=N: of every script, in the place of one."""
     g = random.Random(time.time_ns())
@@ -788,15 +793,13 @@ def test_kill_at_any_moment_loses_nothing():
             train(script, "--epochs", 2, "--out-dir", "whole")
             seconds, kills = 2 * (time.time() - began) + 1, 0     # a process of its own takes longer
             while kills < int(os.environ.get("SEQVAE_KILLS", 1)):
-                resume = ["--resume", "parts/checkpoint.pt"] if Path("parts/checkpoint.pt").exists() else []
-                run = start(script, "--epochs", 2, "--out-dir", "parts", *resume, save_every=0)
+                run = start(script, "--epochs", 2, "--out-dir", "parts", *newest("parts"), save_every=0)
                 run.join(seconds * g.random())
                 run.kill()
                 run.join()
                 assert run.exitcode in (-signal.SIGKILL, 0), (script, run.exitcode)
                 kills += run.exitcode != 0
-            resume = ["--resume", "parts/checkpoint.pt"] if Path("parts/checkpoint.pt").exists() else []
-            end = start(script, "--epochs", 2, "--out-dir", "parts", *resume)
+            end = start(script, "--epochs", 2, "--out-dir", "parts", *newest("parts"))
             end.join()
             assert end.exitcode == 0, script
             for name in ("best.pt", "checkpoint.pt"):
@@ -1030,6 +1033,8 @@ def test_bad_input_gets_one_line_and_status_2():
         Path("text.pt").write_text("hello")
         torch.save({"x": 1}, "dict.pt")
         torch.save(SimpleNamespace(script="vae"), "code.pt")
+        Path("kept").mkdir()
+        Path("kept/best.pt").write_bytes(Path("run/best.pt").read_bytes())
         Path("cut.pt").write_bytes(Path("run/best.pt").read_bytes()[:1000])
         for i in range(3):
             wav_file(f"wavs/{i}.wav", 900)
@@ -1074,6 +1079,7 @@ def test_bad_input_gets_one_line_and_status_2():
             ("cvae", ["--resume", "run/best.pt"], "written by vae.py"),
             ("ssl_vae", ["--resume", "run/best.pt"], "written by vae.py"),
             ("vae", [*glyph, "--out-dir", "run"], "already holds a run"),
+            ("vae", [*glyph, "--out-dir", "kept"], "already holds a run"),
             ("vae", [*glyph, "--out-dir", "text.pt"], "can't write"),
             ("vae", [*glyph, "--out-dir", "text.pt/deep"], "can't write"),
             ("cvae", ["--quadrants", "4"], "--quadrants"),
