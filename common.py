@@ -130,6 +130,13 @@ def parse(p, argv=None):
     return args
 
 
+def compiled(step, args):
+    """A step, under --compile compiled; on CUDA in the mode that captures graphs."""
+    if not args.compile:
+        return step
+    return torch.compile(step, mode="reduce-overhead" if "cuda" in args.device else "default")
+
+
 # ----------------------------------------------------------------------------------------------- data
 
 def images(args):

@@ -199,7 +199,7 @@ def main(argv=None):
                       num_classes=data.num_classes, hidden=tuple(args.hidden), net=args.net)
     model = CVAE(**model_args).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
-    net = torch.compile(model) if args.compile else model
+    net = common.compiled(model, args)
 
     given = lambda x, y: y if args.condition == "label" else hide(x, args.quadrants)
     bound = lambda m: lambda x, y, k: m(x, given(x, y), k)

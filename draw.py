@@ -230,8 +230,7 @@ def main(argv=None):
     x_valid = common.binarise(data.valid[0], seed=1)
     validate = lambda m: common.evaluate(lambda x, y, k: m(x, k), x_valid, data.valid[1], rows=1024)
     run = common.Run(args, model, model_args, optimizer, data.train, validate)
-    if args.compile:
-        model.step = torch.compile(model.step)
+    model.step = common.compiled(model.step, args)
     for x, _ in run:
         log_px, kl, _ = model(common.binarise(x))
         loss = (kl - log_px).mean()

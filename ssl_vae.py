@@ -200,9 +200,8 @@ def main(argv=None):
                       auxiliary=args.auxiliary)
     model = SSLVAE(**model_args).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
-    compiled = torch.compile if args.compile else lambda f: f
-    labelled, unlabelled, infer, classify = map(
-        compiled, (model.labelled_bound, model.unlabelled_bound, model.infer, model.classify))
+    labelled, unlabelled, infer, classify = (common.compiled(f, args) for f in (
+        model.labelled_bound, model.unlabelled_bound, model.infer, model.classify))
 
     def view(x):  # what the classifier sees in training
         x = common.grey(x)

@@ -27,8 +27,10 @@ import time
 import traceback
 import wave
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -939,17 +941,21 @@ PICTURES = {"vae": ("samples.png", "reconstructions.png", "interpolation.png"), 
 def test_every_script_and_path_as_a_user_runs_it():
     scripts = {p.stem for p in HERE.glob("*.py")} - {"common", "test_all"}
     assert scripts == set(PATHS) == set(SCRIPTS), "a script without a test"
-    with folder():
-        for script in PATHS:
-            paths = [[*flags, "--dry-run", "--dataset", "glyphs", "--out-dir", f"{script}{i}"]
-                     for i, flags in enumerate(PATHS[script])]
-            call = [sys.executable, HERE / f"{script}.py"]
-            first = subprocess.run([*call, *paths[0]], capture_output=True, text=True, timeout=170,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
-            assert first.returncode == 0, first.stderr
+    runs = {s: [[*flags, "--dry-run", "--dataset", "glyphs", "--out-dir", f"{s}{i}"] for i, flags in enumerate(paths)]
+            for s, paths in PATHS.items()}
+
+    def run(script):
+        return subprocess.run([sys.executable, HERE / f"{script}.py", *runs[script][0]], capture_output=True, text=True,
+                              timeout=170, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    with folder(), ThreadPoolExecutor(2) as pool:
+        firsts = {script: pool.submit(run, script) for script in PATHS}
+        for script, paths in runs.items():
             for path in paths[1:]:               # the rest in this process: importing torch takes seconds
                 with contextlib.redirect_stdout(io.StringIO()):
                     __import__(script).main([*path, "--batch-size", "50"])
+        for script, paths in runs.items():
+            assert firsts[script].result().returncode == 0, firsts[script].result().stderr
             for i, _ in enumerate(paths):
                 names = ("checkpoint.pt", "best.pt", "log.csv", "results.json", *PICTURES[script])
                 assert all(Path(f"{script}{i}", n).stat().st_size for n in names), (script, i)
@@ -961,6 +967,15 @@ def test_every_script_and_path_as_a_user_runs_it():
             rows = list(csv.DictReader(open(f"{script}0/log.csv")))
             assert len(rows) == 1
         assert Path("vae1/manifold.png").exists() and not Path("vae0/manifold.png").exists()
+
+
+def test_compile_captures_graphs_on_cuda_and_only_when_asked():
+    modes = []
+    for device in ("cpu", "cuda", "cuda:1"):
+        with mock.patch("torch.compile", lambda f, mode: modes.append(mode) or f):
+            common.compiled(len, SimpleNamespace(compile=True, device=device))
+    assert modes == ["default", "reduce-overhead", "reduce-overhead"]
+    assert common.compiled(len, SimpleNamespace(compile=False, device="cuda")) is len
 
 
 def test_help_shows_every_flag_and_their_number_is_limited():

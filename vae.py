@@ -158,7 +158,7 @@ def main(argv=None):
                       likelihood=args.likelihood, net=args.net)
     model = VAE(**model_args).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
-    net = torch.compile(model) if args.compile else model
+    net = common.compiled(model, args)
 
     x_valid = see(data.valid[0], seed=1)
     validate = lambda m: common.evaluate(lambda x, y, k: m(x, k), x_valid, data.valid[1])

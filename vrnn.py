@@ -310,8 +310,7 @@ def main(argv=None):
     rows = max(64, 20_000 // x_valid.shape[1])
     validate = lambda m: common.evaluate(partial(bound, m), x_valid, of_valid, rows=rows)
     run = common.Run(args, model, model_args, optimizer, data.train, validate)
-    if args.compile:
-        model.step = torch.compile(model.step)
+    model.step = common.compiled(model.step, args)
     for x, lengths, y in run:
         x = see(x).transpose(0, 1)
         log_px, kl, _ = model(x, lengths.to(x.device), y if args.conditional else None)
