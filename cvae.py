@@ -20,6 +20,7 @@ q(z|x, y), as the paper's "importance sampling" column has it.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -146,8 +147,7 @@ class CVAE(nn.Module):
         eps = torch.randn(k or 1, *mu_q.shape, device=x.device)
         z = mu_q + (0.5 * logvar_q).exp() * eps                                    # (k, B, z_dim)
         logits = self.decode(z, h_y)
-        # log Bernoulli: x l - softplus(l), the softplus in a form that CPUs vectorise
-        log_px = ((x.flatten(1) - 0.5) * logits - 0.5 * logits.abs() - torch.log(1 + torch.exp(-logits.abs())))
+        log_px = x.flatten(1) * logits + F.logsigmoid(-logits)                      # log Bernoulli, pixel by pixel
         log_px = (log_px if self.condition == "label" else log_px * (y.flatten(1) < 0)).sum(-1)
         kl = 0.5 * (logvar_p - logvar_q - 1 + (logvar_q - logvar_p).exp()
                     + (mu_q - mu_p) ** 2 * (-logvar_p).exp()).sum(-1).expand_as(log_px)

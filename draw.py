@@ -159,8 +159,7 @@ class DRAW(nn.Module):
             latent, state = self.step(x, fixed, weight, *state)
             latents.append(latent)
         mu, logvar, z = map(torch.stack, zip(*latents))                        # (T, B, z_dim)
-        logits = state[4]   # log Bernoulli: x l - softplus(l), the softplus in a form that CPUs vectorise
-        log_px = ((x - 0.5) * logits - 0.5 * logits.abs() - torch.log(1 + torch.exp(-logits.abs()))).sum((1, 2))
+        log_px = (x * state[4] + F.logsigmoid(-state[4])).sum((1, 2))          # log Bernoulli(x; sigmoid(c_T))
         kl = 0.5 * (mu ** 2 + logvar.exp() - 1 - logvar).sum(-1)
         log_w = log_px + 0.5 * ((z - mu) ** 2 * (-logvar).exp() + logvar - z ** 2).sum((0, 2))
         return log_px, kl, log_w

@@ -115,8 +115,7 @@ class SSLVAE(nn.Module):
         eps = torch.randn(len(x), self.z_dim, device=x.device)  # one for all labels: their difference is what counts
         z = mu + (0.5 * logvar).exp() * eps
         logits = self.dec(self.dec_z(z) + self.dec_y(y))
-        # log Bernoulli: x l - softplus(l), the softplus in a form that CPUs vectorise
-        log_px = ((x - 0.5) * logits - 0.5 * logits.abs() - torch.log(1 + torch.exp(-logits.abs()))).sum(-1)
+        log_px = (x * logits + F.logsigmoid(-logits)).sum(-1)                     # log Bernoulli
         kl = 0.5 * (z ** 2 - eps ** 2 - logvar if sampled else mu ** 2 + logvar.exp() - 1 - logvar).sum(-1)
         bound = log_px - kl - math.log(self.num_classes)
         if self.auxiliary:

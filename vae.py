@@ -19,6 +19,7 @@ running average of the weights instead of a learning-rate schedule, larger netwo
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -83,9 +84,9 @@ def conv_nets(shape, hidden, z_dim):
 def bernoulli_log_px(x, logits):
     """log Bernoulli(x; sigmoid(logits)), summed over the last dimension, in nats.
 
-    This is x l - softplus(l), with a softplus that keeps its precision and that CPUs vectorise.
+    That is x log sigmoid(l) + (1 - x) log sigmoid(-l), as log sigmoid(l) = l + log sigmoid(-l).
     """
-    return ((x - 0.5) * logits - 0.5 * logits.abs() - torch.log(1 + torch.exp(-logits.abs()))).sum(-1)
+    return (x * logits + F.logsigmoid(-logits)).sum(-1)
 
 
 class VAE(nn.Module):
