@@ -125,16 +125,16 @@ def parse(p, argv=None):
         distributed.init_process_group("nccl" if "cuda" in args.device else "gloo")
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)                # tiny numbers would slow a CPU several times
-    # tensor cores; on a CPU, the library that is faster unless products are tiny
+    # may round products' factors, as for tensor cores; on a CPU, the library that is faster unless products are tiny
     torch.set_float32_matmul_precision("highest" if 0 < (args.batch_size or 0) < 16 else "medium")
     return args
 
 
-def compiled(step, args):
-    """A step, under --compile compiled; on CUDA in the mode that captures graphs."""
+def compiled(step, args, steady=True):
+    """A step, under --compile compiled; on CUDA, if it is called `steady`ly often, in the mode that captures graphs."""
     if not args.compile:
         return step
-    return torch.compile(step, mode="reduce-overhead" if "cuda" in args.device else "default")
+    return torch.compile(step, mode="reduce-overhead" if steady and "cuda" in args.device else "default")
 
 
 # ----------------------------------------------------------------------------------------------- data
@@ -373,7 +373,7 @@ def spoken_digits(root, rate=8000):
 
 def wav_folder(root, rate=8000):
     """All WAV files below a folder, in a fixed random order, 8 : 1 : 1; three lists of (x, y), y all 0."""
-    files = sorted(root.glob("**/*.wav"))
+    files = sorted(f for f in root.glob("**/*") if f.suffix.lower() == ".wav")
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
     x = [frames(files[i], rate) for i in order]
     n = max(1, len(x) // 10)
@@ -439,6 +439,15 @@ def dct(n, device="cpu"):
     return (torch.cos(math.pi / n * (k[:, None] + 0.5) * k) * torch.where(k > 0, 2 / n, 1 / n) ** 0.5).float().to(device)
 
 
+def exact_product(a, b):
+    """a @ b in full float32, whatever `parse` allows elsewhere."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    product = a @ b
+    torch.set_float32_matmul_precision(allowed)
+    return product
+
+
 # --------------------------------------------------------------------------------------- ELBO helpers
 
 def gaussian_kl(mu_q, logvar_q, mu_p, logvar_p):
@@ -451,6 +460,23 @@ def log_mean_exp(log_w, dim=0):
     return torch.logsumexp(log_w, dim) - math.log(log_w.shape[dim])
 
 
+def random_states(device):
+    """The states of the generators of the CPU and of a device, under the names of their kinds."""
+    kind = torch.device(device).type
+    states = {"cpu": torch.get_rng_state()}
+    if kind != "cpu":
+        states[kind] = torch.cuda.get_rng_state(device) if kind == "cuda" else torch.mps.get_rng_state()
+    return states
+
+
+def set_random_states(states, device):
+    """What `random_states` gave, where this device has such a generator."""
+    torch.set_rng_state(states["cpu"])
+    kind = torch.device(device).type
+    if kind != "cpu" and kind in states:
+        torch.cuda.set_rng_state(states[kind], device) if kind == "cuda" else torch.mps.set_rng_state(states[kind])
+
+
 @torch.inference_mode()
 def evaluate(bound, x, y, samples=1, rows=4096):
     """Mean bounds over a data set in nats per example: a dict of neg_elbo, rec and kl and, for samples > 1, nll.
@@ -460,15 +486,15 @@ def evaluate(bound, x, y, samples=1, rows=4096):
     every call, and the training's noise is left alone.
     """
     k, sums = min(samples, 64), torch.zeros(3, dtype=torch.float64)
-    with torch.random.fork_rng([x.device] if x.is_cuda else []):
-        torch.manual_seed(0)
-        for xs, ys in zip(x.split(rows // k), y.split(rows // k)):
-            log_px, kl, log_w = bound(xs, ys, k)
-            total = torch.logsumexp(log_w, 0)
-            for done in range(k, samples, k):
-                total = torch.logaddexp(total, torch.logsumexp(bound(xs, ys, min(k, samples - done))[2], 0))
-            terms = (log_px.mean(0), kl.mean(0), total - math.log(samples))
-            sums += torch.stack([t.sum(dtype=torch.float64) for t in terms]).cpu()
+    before = random_states(x.device)
+    torch.manual_seed(0)
+    for xs, ys in zip(x.split(rows // k), y.split(rows // k)):
+        log_px, kl, log_w = bound(xs, ys, k)
+        total = torch.logsumexp(log_w, 0)
+        for done in range(k, samples, k):
+            total = torch.logaddexp(total, torch.logsumexp(bound(xs, ys, min(k, samples - done))[2], 0))
+        sums += torch.stack([log_px.mean(0), kl.mean(0), total - math.log(samples)]).cpu().double().sum(1)
+    set_random_states(before, x.device)
     log_px, kl, log_p = (sums / len(x)).tolist()
     return {"neg_elbo": kl - log_px, "rec": -log_px, "kl": kl, **({"nll": -log_p} if samples > 1 else {})}
 
@@ -567,9 +593,12 @@ class Run:
         args, source = self.args, Path(self.args.resume or "").parent
         going_on = args.checkpoint and args.epochs > 0 and not args.dry_run
         free = [Path("out", args.script), *(Path("out", f"{args.script}-{n}") for n in range(2, 10_000))]
-        for folder in [Path(args.out_dir)] if args.out_dir else [source] if going_on else free:
+        named = [Path(args.out_dir)] if args.out_dir else [source] if going_on else []
+        for folder in named or free:
+            if not named and folder.exists():   # another run's, that may have written nothing yet
+                continue
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=bool(named))
                 if not os.access(folder, os.W_OK):
                     raise PermissionError(13, "Permission denied")
             except OSError as error:
@@ -610,17 +639,19 @@ class Run:
                 if now - shown > 1 and sys.stdout.isatty():
                     print(f"\r  epoch {self.epoch + 1}: {i + 1}/{n // size} ", end="", flush=True)
                     shown = now
-                if self.stop or now - saved > self.save_every and i + 1 < n // size:
+                if i + 1 < n // size and (self.stop or now - saved > self.save_every):   # else `end_epoch` saves
                     self.seconds, mark, saved = self.seconds + now - mark, now, now
                     self.figures()
                     self.save("checkpoint.pt")
-                if self.stop:
-                    self.leave()
+                    if self.stop:
+                        self.leave()
             self.speeds.append((n // size - first) * size / (time.time() - start))
             if rank:
                 self.epoch, self.pending = self.epoch + 1, []
             else:
                 self.end_epoch(mark)
+                if self.stop:
+                    self.leave()
         if world > 1:
             distributed.destroy_process_group()
         if rank:
@@ -631,7 +662,8 @@ class Run:
 
     def leave(self, *_):
         signal.signal(signal.SIGINT, self.before)
-        print(f"\nstopped; go on with --resume {self.dir}/checkpoint.pt", flush=True)
+        last = self.dir / "checkpoint.pt"
+        print(f"\nstopped; go on with --resume {last if last.exists() else self.args.resume}", flush=True)
         sys.exit(130)
 
     def end_epoch(self, mark):
@@ -645,7 +677,7 @@ class Run:
         print(("\r" if sys.stdout.isatty() else "") + f"epoch {self.epoch}/{self.args.epochs}  train {show(train)}"
               f"  valid {show(valid)}  {self.speeds[-1]:,.0f} examples/s  {gone} gone, {left} left", flush=True)
         value = next(iter(valid.values()))
-        better, self.best = value <= self.best, min(value, self.best)
+        better, self.best = value <= self.best, min(self.best, value)   # a NaN is not better
         lines = [self.rows[0], *(row.values() for row in self.rows)]
         write(self.dir / "log.csv", lambda path: path.write_text("".join(",".join(map(str, r)) + "\n" for r in lines)))
         if better:   # checkpoint.pt comes last: it says that all of this is done
@@ -695,12 +727,10 @@ class Run:
             a.copy_(b)
 
     def save(self, name):
-        rng = {"cpu": torch.get_rng_state()}
-        if "cuda" in self.args.device:
-            rng["cuda"] = torch.cuda.get_rng_state()
         state = {"script": self.args.script, "args": plain(self.args), "model_args": self.model_args,
                  "model": self.average.state_dict(), "weights": self.model.state_dict(),
-                 "optimizer": self.optimizer.state_dict(), "rng": rng, **{k: getattr(self, k) for k in self.state}}
+                 "optimizer": self.optimizer.state_dict(), "rng": random_states(self.args.device),
+                 **{k: getattr(self, k) for k in self.state}}
         write(self.dir / name, lambda path: torch.save(state, path))
 
     def load(self, checkpoint):
@@ -714,9 +744,12 @@ class Run:
             group["lr"] = self.args.lr
         for name in self.state:
             setattr(self, name, checkpoint[name])
-        torch.set_rng_state(checkpoint["rng"]["cpu"])
-        if "cuda" in checkpoint["rng"] and "cuda" in self.args.device:
-            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
+        size = checkpoint["args"]["batch_size"]
+        if self.pending and self.args.batch_size != size:
+            fail(f"--batch-size {self.args.batch_size}: {self.args.resume} stands inside an epoch of batches of {size}; "
+                 "finish that first")
+        self.pending = [p.to(self.args.device) for p in self.pending]
+        set_random_states(checkpoint["rng"], self.args.device)
 
     def best_model(self):
         """The averaged model of the best validation; with --epochs 0 the one that was named."""

@@ -731,22 +731,29 @@ def test_resume_is_exact():
 def test_interrupt_inside_an_epoch_saves_and_goes_on_exactly():
     with folder():
         train("vae", "--epochs", 2, "--out-dir", "whole")
-        log, calls = common.Run.log, []
+        whole = torch.load("whole/checkpoint.pt", weights_only=True)
+        log, steps = common.Run.log, whole["step"] // 2
+        for parts, last in (("middle", steps + 2), ("end", steps), ("all", 2 * steps)):   # step of the interrupt
+            calls = []
 
-        def interrupting(self, *args, **kwargs):
-            log(self, *args, **kwargs)
-            calls.append(1)
-            self.stop = len(calls) == 6           # in the middle of the second epoch
-        with patched(common.Run, "log", interrupting):
-            try:
-                train("vae", "--epochs", 2, "--out-dir", "parts")
-                raise AssertionError("went on")
-            except SystemExit as stop:
-                assert stop.code == 130
-        train("vae", "--resume", "parts/checkpoint.pt")
-        a, b = (torch.load(f"{d}/checkpoint.pt", weights_only=True)["weights"] for d in ("whole", "parts"))
-        assert all(torch.equal(a[k], b[k]) for k in a)
-        assert Path("whole/log.csv").read_text() == Path("parts/log.csv").read_text()
+            def interrupting(self, *args, **kwargs):
+                log(self, *args, **kwargs)
+                calls.append(1)
+                self.stop = len(calls) == last
+            with patched(common.Run, "log", interrupting):
+                try:
+                    train("vae", "--epochs", 2, "--out-dir", parts)
+                    raise AssertionError("went on")
+                except SystemExit as stop:
+                    assert stop.code == 130 and len(calls) == last
+            if parts == "middle":
+                with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.suppress(SystemExit):
+                    train("vae", "--resume", f"{parts}/checkpoint.pt", "--batch-size", 3)
+                assert "--batch-size 3" in said.getvalue() and said.getvalue().count("\n") == 1
+            train("vae", "--resume", f"{parts}/checkpoint.pt")
+            b = torch.load(f"{parts}/checkpoint.pt", weights_only=True)["weights"]
+            assert all(torch.equal(v, b[k]) for k, v in whole["weights"].items())
+            assert Path("whole/log.csv").read_text() == Path(parts, "log.csv").read_text()
 
 
 def test_interrupt_in_the_test_phase_keeps_the_training():
@@ -887,6 +894,16 @@ def test_a_second_run_leaves_the_first_alone():
         for _ in range(2):
             train("vae", "--epochs", 1)
         assert Path("out/vae/results.json").exists() and Path("out/vae-2/results.json").exists()
+        Path("out/vae-3").mkdir()                 # a run's that has just begun
+        train("vae", "--epochs", 1)
+        assert not any(Path("out/vae-3").iterdir()) and Path("out/vae-4/results.json").exists()
+
+
+def test_a_validation_that_is_not_a_number_is_not_the_best():
+    values = iter([3.0, math.nan, 2.0, 4.0])
+    with folder(), patched(common, "evaluate", lambda *args, **_: {"neg_elbo": next(values, 5.0)}):
+        train("vae", "--epochs", 4, "--out-dir", "a")
+        assert torch.load("a/best.pt", weights_only=True)["epoch"] == 3
 
 
 # ----------------------------------------------------------------------------- 14: extremes stay finite
@@ -974,7 +991,8 @@ def test_compile_captures_graphs_on_cuda_and_only_when_asked():
     for device in ("cpu", "cuda", "cuda:1"):
         with mock.patch("torch.compile", lambda f, mode: modes.append(mode) or f):
             common.compiled(len, SimpleNamespace(compile=True, device=device))
-    assert modes == ["default", "reduce-overhead", "reduce-overhead"]
+            common.compiled(len, SimpleNamespace(compile=True, device=device), steady=False)
+    assert modes == ["default", "default", "reduce-overhead", "default", "reduce-overhead", "default"]
     assert common.compiled(len, SimpleNamespace(compile=False, device="cuda")) is len
 
 
