@@ -439,6 +439,11 @@ def dct(n, device="cpu"):
     return (torch.cos(math.pi / n * (k[:, None] + 0.5) * k) * torch.where(k > 0, 2 / n, 1 / n) ** 0.5).float().to(device)
 
 
+def round_up(n, to=8):
+    """n as a multiple of `to`: where sizes differ less, memory that was freed is used again."""
+    return -(-n // to) * to
+
+
 def exact_product(a, b):
     """a @ b in full float32, whatever `parse` allows elsewhere."""
     allowed = torch.get_float32_matmul_precision()
@@ -558,7 +563,7 @@ class Run:
     """The batches that are left to train on, and what has to be done between them.
 
     Iterating yields (x, y) of the training split, shuffled anew each epoch by the seed; of (x, lengths, y) it
-    yields sequences of like lengths together, padded to the longest of them. After every step the
+    yields sequences of like lengths together, padded to the longest of them or a little more. After every step the
     weights enter a running average with the profile t^gamma (Karras et al. 2024, sec. 3.1), which does what a
     falling learning rate would, without knowing when training ends. After every epoch come the validation of
     the averaged model, validate(model) -> dict whose first value is to be minimised, a line of the log, and
@@ -619,7 +624,7 @@ class Run:
             if len(self.train) == 3:
                 order = order[self.train[1][order].argsort(stable=True)]
                 order = order.view(-1, size)[torch.randperm(n // size, generator=g)].flatten()
-                longest = self.train[1][order].view(-1, size).amax(1).tolist()
+                longest = round_up(self.train[1][order].view(-1, size).amax(1)).tolist()
             order = order.view(-1, world, share)[:, rank].flatten()
             batches = {d: order.to(d).split(share) for d in {t.device for t in self.train}}
             first, start = len(self.pending), time.time()
@@ -627,7 +632,7 @@ class Run:
             self.model.train()
             for i in range(first, n // size):
                 batch = tuple(t[batches[t.device][i]] for t in self.train)
-                if len(batch) == 3:  # no more padding than the whole batch needs
+                if len(batch) == 3:  # little more padding than the whole batch needs
                     batch = batch[0][:, :longest[i]], *batch[1:]
                 with SharedNoise(rank, share, world) if world > 1 else contextlib.nullcontext():
                     yield batch

@@ -301,7 +301,7 @@ def main(argv=None):
 
     def bound(m, x, of, k):
         lengths, y = of.unbind(1)
-        return m(x[:, :int(lengths.max())].transpose(0, 1), lengths, y if args.conditional else None, k)
+        return m(x[:, :common.round_up(int(lengths.max()))].transpose(0, 1), lengths, y if args.conditional else None, k)
 
     def fixed(part, seed):
         """A part, seen once, its sequences sorted by length so that little is padded."""
