@@ -16,10 +16,10 @@
 Measured, MNIST, seed 0: `python draw.py --batch-size 100 --epochs 20` ends at a test -ELBO of 85.35 nats after
 69 minutes on one core of a busy server CPU. More in the README.
 
-Deviations from the paper: 32 glimpses with 5x5 windows to read are the default, as they learn faster: the
-paper's setting ends at 91.22 after 11 epochs, which cost more than 20 of these. At first the windows lie in the middle and their filters share the image out between them: the
-paper leaves the start open, and at zero the 2x2 window sees nothing but the corners. A running average
-of the weights is what is tested and sampled from.
+Deviations from the paper: 32 glimpses with 5x5 windows to read are the default, as they learn faster: the paper's
+setting ends at 91.22 after 11 epochs, which cost more than 20 of these. At first the windows lie in the middle and
+their filters share the image out between them: the paper leaves the start open, and at zero the 2x2 window sees
+nothing but the corners. A running average of the weights is what is tested and sampled from.
 """
 import math
 
