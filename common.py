@@ -774,4 +774,4 @@ class Run:
                   "threads": torch.get_num_threads(), **figures}
         write(self.dir / "results.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
         signal.signal(signal.SIGINT, self.before)
-        print(f"{show(figures)}\npictures, results.json and checkpoints are in {self.dir}", flush=True)
+        print(f"{show(figures)}\npictures and results.json are in {self.dir}", flush=True)
