@@ -131,7 +131,7 @@ def parse(p, argv=None):
 
 
 def compiled(step, args, steady=True):
-    """A step, under --compile compiled; on CUDA, if it is called `steady`ly often, in the mode that captures graphs."""
+    """A step, under --compile compiled; on CUDA, if every batch takes as many of them, in the mode that captures graphs."""
     if not args.compile:
         return step
     return torch.compile(step, mode="reduce-overhead" if steady and "cuda" in args.device else "default")
@@ -599,9 +599,7 @@ class Run:
         going_on = args.checkpoint and args.epochs > 0 and not args.dry_run
         free = [Path("out", args.script), *(Path("out", f"{args.script}-{n}") for n in range(2, 10_000))]
         named = [Path(args.out_dir)] if args.out_dir else [source] if going_on else []
-        for folder in named or free:
-            if not named and folder.exists():   # another run's, that may have written nothing yet
-                continue
+        for folder in named or (f for f in free if not f.exists()):   # a run's may have nothing in it yet
             try:
                 folder.mkdir(parents=True, exist_ok=bool(named))
                 if not os.access(folder, os.W_OK):

@@ -30,7 +30,6 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -989,7 +988,7 @@ def test_every_script_and_path_as_a_user_runs_it():
 def test_compile_captures_graphs_on_cuda_and_only_when_asked():
     modes = []
     for device in ("cpu", "cuda", "cuda:1"):
-        with mock.patch("torch.compile", lambda f, mode: modes.append(mode) or f):
+        with patched(torch, "compile", lambda f, mode: modes.append(mode) or f):
             common.compiled(len, SimpleNamespace(compile=True, device=device))
             common.compiled(len, SimpleNamespace(compile=True, device=device), steady=False)
     assert modes == ["default", "default", "reduce-overhead", "default", "reduce-overhead", "default"]

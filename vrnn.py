@@ -111,7 +111,9 @@ class VRNN(nn.Module):
         return torch.lerp(torch.tanh(torch.addcmul(a_n, reset, b_n)), h, update)
 
     def step(self, enc_x, gates, h):
-        """A time step of inference and recurrence: only what depends on the step before."""
+        """A time step of inference and recurrence, only what depends on the step before: h, and what was drawn."""
+        if not self.z_dim:
+            return self.gru(gates, h),
         mu, logvar = self.enc(enc_x + self.enc_h(h)).chunk(2, -1)
         logvar = logvar.clamp(-10, 10)
         eps = torch.randn_like(mu)
@@ -161,11 +163,8 @@ class VRNN(nn.Module):
         h, before, latents = self.start.expand(n, -1), [], []
         for gates_t, enc_x_t in zip(gates.unbind(0), enc_x.unbind(0)):   # gates[t]: a gradient T times as large
             before.append(h)
-            if self.z_dim:
-                h, *latent = self.step(enc_x_t, gates_t, h)
-                latents.append(latent)
-            else:
-                h = self.gru(gates_t, h)
+            h, *latent = self.step(enc_x_t, gates_t, h)
+            latents.append(latent)
         after = torch.stack([*before[1:], h])
         before, f_z, kl, log_ratio = torch.stack(before), None, torch.zeros_like(inside, dtype=x.dtype), 0.0
         if self.z_dim:
@@ -266,7 +265,8 @@ def main(argv=None):
         "mnist", "fashion-mnist", "kmnist", "pendigits", "iam-ondb", "speech", "wav", "glyphs"))
     p.add_argument("--z-dim", type=common.at_least(0), default=48, help="size of z_t; 0 is the RNN without latents")
     p.add_argument("--prior", choices=("learned", "standard"), default="learned", help="of z_t; standard is VRNN-I")
-    p.add_argument("--mixtures", type=common.at_least(1), metavar="K", help="components (not of rows); None: 20 for the pen, else 1")
+    p.add_argument("--mixtures", type=common.at_least(1), metavar="K",
+                   help="components, of all but rows; None: 20 for the pen, else 1")
     p.add_argument("--conditional", action="store_true", help="given the label")
     p.add_argument("--digits", help="write, say or draw these, such as 2718, a row each; None: every label")
     p.add_argument("--temperature", type=common.at_least(1e-6, float), default=1.0, help="of samples; 1 is the model's")
@@ -314,8 +314,7 @@ def main(argv=None):
     rows = max(64, 10_000 // x_valid.shape[1])
     validate = lambda m: common.evaluate(partial(bound, m), x_valid, of_valid, rows=rows)
     run = common.Run(args, model, model_args, optimizer, data.train, validate)
-    loop = "step" if args.z_dim else "gru"
-    setattr(model, loop, common.compiled(getattr(model, loop), args, steady=data.kind == "rows"))
+    model.step = common.compiled(model.step, args, steady=data.kind == "rows")
     for x, lengths, y in run:
         x = see(x).transpose(0, 1)
         log_px, kl, _ = model(x, lengths.to(x.device), y if args.conditional else None)
