@@ -233,12 +233,12 @@ def main(argv=None):
     for x, y in run:
         log_px, kl, _ = model(common.binarise(x), y)
         loss = (kl - log_px).mean()
+        run.log(loss, rec=-log_px, kl=kl)
         optimizer.zero_grad()
         loss.backward()
         run.share()
         nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         optimizer.step()
-        run.log(loss, rec=-log_px, kl=kl)
 
     model = run.best_model()
     run.finish(val=validate(model), test=common.evaluate(

@@ -549,10 +549,12 @@ class SharedNoise(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func not in (torch.rand, torch.randn, torch.randn_like, torch.randint):
+            return func(*args, **kwargs)
         if func is torch.randn_like:
             func, args, kwargs = torch.randn, (args[0].shape,), {"device": args[0].device, "dtype": args[0].dtype}
-        *first, shape = args if args and isinstance(args[-1], tuple) else (args,)
-        if func not in (torch.rand, torch.randn, torch.randint) or self.size not in shape:
+        *first, shape = args if isinstance(args[-1], tuple) else (args,)
+        if self.size not in shape:
             return func(*args, **kwargs)
         dim = shape.index(self.size)
         whole = func(*first, (*shape[:dim], self.size * self.world, *shape[dim + 1:]), **kwargs)
@@ -690,29 +692,25 @@ class Run:
             self.save("checkpoint.pt")
 
     def share(self):
-        """Under torchrun: give every process the mean of all processes' gradients; to be called before each step.
+        """Under torchrun: give every process the mean of all processes' gradients, and of what they have just logged.
 
         What DistributedDataParallel does for a model's `forward`; these models have other methods that train.
         """
         if self.args.world > 1:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            flat = self.mean(torch.cat([g.flatten() for g in gradients]))
-            for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-                g.copy_(part.view_as(g))
-
-    def mean(self, values):
-        try:
-            distributed.all_reduce(values)
-        except RuntimeError:  # the first process has saved and gone
-            sys.exit(130)
-        return values / self.args.world
+            tensors = [p.grad for p in self.model.parameters() if p.grad is not None] + self.pending[-1:]
+            flat = torch.cat([t.flatten() for t in tensors])
+            try:
+                distributed.all_reduce(flat)
+            except RuntimeError:  # the first process has saved and gone
+                sys.exit(130)
+            for t, part in zip(tensors, (flat / self.args.world).split([t.numel() for t in tensors])):
+                t.copy_(part.view_as(t))
 
     def log(self, loss, **figures):
         """Keep this step's means; they stay on the device until the epoch ends."""
         self.names = ("loss", *figures)
-        values = torch.stack([torch.as_tensor(f, device=loss.device).detach().float().mean()
-                              for f in (loss, *figures.values())])
-        self.pending.append(values if self.args.world == 1 else self.mean(values))
+        self.pending.append(torch.stack([torch.as_tensor(f, device=loss.device).detach().float().mean()
+                                         for f in (loss, *figures.values())]))
 
     def figures(self):
         """The epoch's means so far; ends the program if a loss was not finite."""

@@ -210,12 +210,12 @@ def main(argv=None):
         x = common.binarise(x)
         log_px, kl, _ = net(x, given(x, y))
         loss = (kl - log_px).mean()
+        run.log(loss, rec=-log_px, kl=kl)
         optimizer.zero_grad()
         loss.backward()
         run.share()
         nn.utils.clip_grad_norm_(model.parameters(), 100.0)
         optimizer.step()
-        run.log(loss, rec=-log_px, kl=kl)
 
     model = run.best_model()
     x_test, y_test = common.binarise(data.test[0], seed=2), data.test[1]

@@ -230,12 +230,12 @@ def main(argv=None):
             if not args.no_augment:  # -log of the probability that two views' labels, drawn from q, are the same
                 differ = -torch.logsumexp(inferred[0] + infer(view(x))[0], -1).mean()
         loss = -u - weight * l + args.alpha * (cross_entropy + 0.3 * differ)
+        run.log(loss, labelled=-l, unlabelled=-u, cross_entropy=cross_entropy, differ=differ)
         optimizer.zero_grad()
         loss.backward()
         run.share()
         nn.utils.clip_grad_norm_(model.parameters(), 100.0)
         optimizer.step()
-        run.log(loss, labelled=-l, unlabelled=-u, cross_entropy=cross_entropy, differ=differ)
 
     model = run.best_model()
     run.finish(val=scores(model, *data.valid, seed=1),

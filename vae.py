@@ -170,12 +170,12 @@ def main(argv=None):
             loss = (kl - log_px).mean()
         else:
             loss = -common.log_mean_exp(log_w).mean()
+        run.log(loss, rec=-log_px, kl=kl)
         optimizer.zero_grad()
         loss.backward()
         run.share()
         nn.utils.clip_grad_norm_(model.parameters(), 100.0)
         optimizer.step()
-        run.log(loss, rec=-log_px, kl=kl)
 
     model = run.best_model()
     x_test = see(data.test[0], seed=2)

@@ -319,12 +319,12 @@ def main(argv=None):
         x = see(x).transpose(0, 1)
         log_px, kl, _ = model(x, lengths.to(x.device), y if args.conditional else None)
         loss = (kl - log_px).mean()
+        run.log(loss, rec=-log_px, kl=kl)
         optimizer.zero_grad()
         loss.backward()
         run.share()
         nn.utils.clip_grad_norm_(model.parameters(), 100.0)
         optimizer.step()
-        run.log(loss, rec=-log_px, kl=kl)
 
     model = run.best_model()
     test = common.evaluate(partial(bound, model), *fixed(data.test, seed=2), args.test_samples, rows)
