@@ -165,6 +165,7 @@ class VRNN(nn.Module):
             before.append(h)
             h, *latent = self.step(enc_x_t, gates_t, h)
             latents.append(latent)
+        del gates, enc_x   # large, and the backward pass has no need of them
         after = torch.stack([*before[1:], h])
         before, f_z, kl, log_ratio = torch.stack(before), None, torch.zeros_like(inside, dtype=x.dtype), 0.0
         if self.z_dim:
@@ -311,7 +312,7 @@ def main(argv=None):
         return see(x, seed)[order.to(x.device)], of[order.to(x.device)]
 
     x_valid, of_valid = fixed(data.valid, seed=1)
-    rows = max(64, 10_000 // x_valid.shape[1])
+    rows = max(32, 5_000 // x_valid.shape[1])
     validate = lambda m: common.evaluate(partial(bound, m), x_valid, of_valid, rows=rows)
     run = common.Run(args, model, model_args, optimizer, data.train, validate)
     model.step = common.compiled(model.step, args, steady=data.kind == "rows")
