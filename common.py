@@ -553,7 +553,7 @@ class SharedNoise(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is torch.randn_like:
             func, args, kwargs = torch.randn, (args[0].shape,), {"device": args[0].device, "dtype": args[0].dtype}
-        *first, shape = args if isinstance(args[-1], tuple) else (args,)
+        *first, shape = args if args and isinstance(args[-1], tuple) else (args,)
         if self.size not in shape:
             return func(*args, **kwargs)
         dim = shape.index(self.size)

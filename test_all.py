@@ -629,6 +629,11 @@ def test_vrnn_draws_what_its_density_says():
     cold = m.draw(out, 0.25)
     close(torch.cov(cold[:, :2].T) * 16, torch.tensor([[4.0, 2 * r], [2 * r, 1.0]]), 5e-2)
     assert cold[:, 2].mean() > 0.97
+    m = vrnn.VRNN(1, 2, "gaussian", mixtures=3, hidden=4, features=4)
+    out = torch.tensor([0.5, 0.3, 0.2]).log().tolist() + [-9.0, 0.0, 9.0] + [0.0] * 3     # log weights, means, log variances
+    for temperature, share in ((1.0, torch.tensor([0.5, 0.3, 0.2])), (0.5, torch.tensor([0.25, 0.09, 0.04]) / 0.38)):
+        x = m.draw(torch.tensor(out).expand(100_000, -1), temperature)[:, 0]
+        close(torch.stack([(x < -4.5), (x.abs() < 4.5), (x > 4.5)]).float().mean(1), share, 1e-2)
     for name, m, *_ in vrnns():
         with torch.no_grad():
             if m.stop:

@@ -185,7 +185,8 @@ class VRNN(nn.Module):
         if self.likelihood == "bernoulli":
             return torch.bernoulli((out / temperature).sigmoid())
         log_weights, mu, logvar, rest = self.mixture(out)
-        which = torch.multinomial((log_weights / temperature).softmax(-1), 1)      # (B, 1)
+        # a component by the largest of log weights plus Gumbel noise, (B, 1): torch.multinomial would wait for a GPU
+        which = (log_weights / temperature - torch.empty_like(log_weights).exponential_().log()).argmax(-1, keepdim=True)
         mu, logvar = (p.gather(1, which[..., None].expand(-1, -1, p.shape[-1]))[:, 0] for p in (mu, logvar))
         eps = torch.randn_like(mu)
         if self.likelihood == "gaussian":
