@@ -165,7 +165,6 @@ class VRNN(nn.Module):
             before.append(h)
             h, *latent = self.step(enc_x_t, gates_t, h)
             latents.append(latent)
-        del gates, enc_x   # large, and the backward pass has no need of them
         after = torch.stack([*before[1:], h])
         before, f_z, kl, log_ratio = torch.stack(before), None, torch.zeros_like(inside, dtype=x.dtype), 0.0
         if self.z_dim:
