@@ -487,10 +487,10 @@ def evaluate(bound, x, y, samples=1, rows=4096):
     """Mean bounds over a data set in nats per example: a dict of neg_elbo, rec and kl and, for samples > 1, nll.
 
     bound(x, y, k) -> log_px, kl, log_w, each (k, B). nll estimates -log p(x) by importance sampling (Burda et
-    al. 2016, eq. 8), from above in expectation. `rows` samples are decoded at once. The noise is the same at
-    every call, and the training's noise is left alone.
+    al. 2016, eq. 8), from above in expectation. `rows` samples are decoded at once, or fewer. The noise is the
+    same at every call, and the training's noise is left alone.
     """
-    k, sums = min(samples, 64), torch.zeros(3, dtype=torch.float64)
+    k, sums = min(samples, 64, rows), torch.zeros(3, dtype=torch.float64)
     before = random_states(x.device)
     torch.manual_seed(0)
     for xs, ys in zip(x.split(rows // k), y.split(rows // k)):

@@ -298,6 +298,9 @@ def test_evaluate_is_the_same_in_any_batching():
     seen = []
     common.evaluate(lambda x, y, k: seen.append(k * len(x)) or m(x, k), x, y, samples=130)
     assert sum(seen) == 130 * 30, "not the number of samples asked for"
+    seen.clear()
+    common.evaluate(lambda x, y, k: seen.append(k * len(x)) or m(x, k), x, y, samples=50, rows=32)
+    assert max(seen) <= 32 and sum(seen) == 50 * 30, "more samples at once than was allowed, or not all of them"
 
 
 # -------------------------------------------------------------------------------------------- 10: M2
