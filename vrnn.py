@@ -307,9 +307,8 @@ def main(argv=None):
     def fixed(part, seed):
         """A part, seen once, its sequences sorted by length so that little is padded."""
         x, lengths, y = part
-        order = lengths.argsort()
-        of = torch.stack([lengths.to(y.device), y], 1)
-        return see(x, seed)[order.to(x.device)], of[order.to(x.device)]
+        order, of = lengths.argsort().to(x.device), torch.stack([lengths.to(x.device), y], 1)
+        return see(x, seed)[order], of[order]
 
     x_valid, of_valid = fixed(data.valid, seed=1)
     rows = max(32, 5_000 // x_valid.shape[1])
