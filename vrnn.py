@@ -1,347 +1,449 @@
-"""Variational recurrent neural network (Chung et al. 2015, "A Recurrent Latent Variable Model for Sequential
-Data"), and its conditional form.
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch", "torchvision", "numpy", "matplotlib"]
+# ///
+"""VRNN (Chung et al. 2015, "A Recurrent Latent Variable Model for Sequential Data").
 
-    prior              z_t | x_{<t}, z_{<t} ~ N(mu_p(h_{t-1}), diag sigma_p(h_{t-1})^2)                   (eq. 5)
-    generation         x_t | z_t, x_{<t}, z_{<t} ~ p(x_t | phi_z(z_t), h_{t-1})                           (eq. 6)
-    recurrence         h_t = GRU([phi_x(x_t), phi_z(z_t)], h_{t-1})                                       (eq. 7)
-    inference          z_t | x_{<=t}, z_{<t} ~ N(mu_q(phi_x(x_t), h_{t-1}), diag sigma_q(...)^2)          (eq. 9)
-    bound              log p(x) >= E_q sum_t [log p(x_t|z_{<=t}, x_{<t})
-                                              - KL(q(z_t|x_{<=t}, z_{<t}) || p(z_t|x_{<t}, z_{<t}))]     (eq. 11)
-
-Given a label y, each factor of the joint distribution may depend on it:
-
-    p(x, z | y) = prod_t p(x_t | z_{<=t}, x_{<t}, y) p(z_t | x_{<t}, z_{<t}, y)
-    q(z | x, y) = prod_t q(z_t | x_{<=t}, z_{<t}, y)
-    log p(x|y)  = log E_q[p(x, z|y) / q(z|x, y)] >= E_q[log p(x, z|y) - log q(z|x, y)]      (Jensen)
-                = E_q sum_t [log p(x_t|z_{<=t}, x_{<t}, y) - KL(q(z_t|x_{<=t}, z_{<t}, y) || p(z_t|x_{<t}, z_{<t}, y))]
-
-as log p - log q is a sum over t, and given the past the expectation over z_t of its t-th term is minus that
-KL. So the label enters prior, inference, generation and recurrence; nothing else changes.
-
-A sequence ends by itself: after every step, e_t ~ Bernoulli(s(h_t)) says whether x_t was the last one.
-The bound is then one of log p(x, length): log(1 - s(h_t)) joins it for t < T, and log s(h_T) at the end.
-
-    python vrnn.py                                               # MNIST, row by row
-    python vrnn.py --dataset pendigits --conditional --digits 2718
-    python vrnn.py --dataset speech --conditional --digits 2718
-    python vrnn.py --prior standard                              # VRNN-I: z_t ~ N(0, I)
-    python vrnn.py --z-dim 0                                     # the RNN without latents
-
-Where --epochs and --batch-size are left out: rows 7 and 128, pen strokes 30 and 48, speech 60 and 32.
-
-Measured, MNIST rows, seed 0, `python vrnn.py --epochs 10`: test -ELBO 81.77 nats, 42 minutes of one core.
-
-Deviations from the paper: a GRU in place of the LSTM, SiLU units, and layers of 256 for all data; integers are spread
-over their recording's step by uniform noise, or a density of them could grow for ever; a frame of speech enters as its
-orthonormal cosine transform, in which a diagonal covariance is a spectrum; a running average of the weights is tested.
+    prior        z_t | x_{<t}, z_{<t} ~ N(mu_p(h_{t-1}), diag sigma_p(h_{t-1})^2)           (eq. 5)
+    generation   x_t | z_t, x_{<t}, z_{<t} ~ p(x_t | phi_z(z_t), h_{t-1})                   (eq. 6)
+    recurrence   h_t = GRU([phi_x(x_t), phi_z(z_t)], h_{t-1})                               (eq. 7)
+    inference    z_t | x_{<=t}, z_{<t} ~ N(mu_q, diag sigma_q^2) of phi_x(x_t), h_{t-1}     (eq. 9)
+    bound        log p(x) >= E_q sum_t [log p(x_t | z_{<=t}, x_{<t})
+                             - KL(q(z_t | x_{<=t}, z_{<t}) || p(z_t | x_{<t}, z_{<t}))]     (eq. 11)
+With --conditional, every factor may depend on the label y; eq. 11 holds with y given throughout:
+    p(x, z|y) = prod_t p(x_t | z_{<=t}, x_{<t}, y) p(z_t | x_{<t}, z_{<t}, y)
+    q(z|x, y) = prod_t q(z_t | x_{<=t}, z_{<t}, y)
+    log p(x|y) = log E_q[p(x, z|y) / q(z|x, y)] >= E_q[log p(x, z|y) - log q(z|x, y)]     (Jensen)
+Pen strokes and speech end by themselves: after each step, e_t ~ Bernoulli(s(h_t)) says whether x_t
+was the last. The bound, now of log p(x, length), gains log(1 - s(h_t)) for t < T, and log s(h_T).
+    python vrnn.py --prior standard    # MNIST rows, 7 epochs, batches of 128; VRNN-I: z_t ~ N(0, I)
+    python vrnn.py --dataset speech --conditional                      # 60 epochs, batches of 32
+    python vrnn.py --dataset pendigits --conditional --digits 2718     # pen strokes: 30, 48
+Deviations from the paper: a GRU, not an LSTM; SiLU; the same layer sizes for all data; recorded
+integers get uniform noise one unit wide, or their density could grow without limit; speech enters
+as the orthonormal cosine transform of its frames, in which a diagonal covariance is a spectrum; h_0
+is learned; log variances, correlations (0.99) and gradients (100) are limited; averaged weights.
 """
-import math
-from functools import partial
 
-import torch
-import torch.nn.functional as F
+def flags():
+    import common  # here, not above: a copied class needs torch alone
+    p = common.parser("vrnn", __doc__, epochs=None, batch_size=None, lr=4e-3, test_samples=10,
+                      datasets=("pendigits", "iam-ondb", "speech", "wav"))
+    add = p.add_argument
+    add("--z-dim", type=common.at_least(0), default=48, help="size of z_t; 0: the RNN")
+    add("--hidden", type=common.at_least(1), default=384, help="units of the GRU")
+    add("--features", type=common.at_least(1), default=256, help="units of the other layers")
+    add("--prior", choices=("learned", "standard"), default="learned", help="of z_t")
+    add("--mixtures", type=common.at_least(1), help="components; None: pen strokes 20, else 1")
+    add("--conditional", action="store_true", help="given the label")
+    add("--digits", help="labels to sample, such as 2718, one row each; None: all")
+    add("--temperature", type=common.at_least(1e-6, float), default=1.0, help="of samples")
+    return p
+
+if __name__ == "__main__":
+    flags().parse_args()    # before torch, whose import takes seconds: --help answers at once
+
+import functools, glob, hashlib, io, math, os, re, shutil, subprocess, types, wave, zipfile
+import torch, torch.nn.functional as F, urllib.request, xml.etree.ElementTree as ElementTree
+from pathlib import Path
 from torch import nn
 
-
-def bernoulli(x, logits):
-    """log Bernoulli(x; sigmoid(logits)) in nats, elementwise."""
-    return x * logits + F.logsigmoid(-logits)
-
+def mlp(*sizes):
+    layers = [(nn.Linear(n_in, n_out), nn.SiLU()) for n_in, n_out in zip(sizes, sizes[1:])]
+    return nn.Sequential(*sum(layers, ()))
 
 class VRNN(nn.Module):
-    """Chung et al. 2015.
-
-    x_dim: size of x_t; 3 for "pen", whose rows are (dx, dy, pen-up). z_dim: size of z_t; 0 is an RNN without
-    latents. likelihood: "bernoulli"; "gaussian", a mixture of diagonal Gaussians; "pen", a mixture of
-    bivariate Gaussians with correlation, times a Bernoulli for pen-up. prior: "learned", or "standard" for
-    N(0, I). num_classes: of labels y; 0 is the form without. stop: whether the model says when a sequence
-    ends. mixtures: components of the mixture. hidden: units of the GRU. features: units of every other layer.
-    """
-
-    def __init__(self, x_dim=28, z_dim=48, likelihood="bernoulli", prior="learned", num_classes=0, stop=False,
-                 mixtures=1, hidden=384, features=256):
+    """x_dim: size of x_t; 3 for "pen", (dx, dy, pen-up). z_dim: size of z_t; 0: an RNN. likelihood:
+    "bernoulli"; "gaussian", a mixture of diagonal Gaussians; "pen", one of bivariate Gaussians, and
+    a Bernoulli. mixtures: components. prior: "learned", or "standard", N(0, I). num_classes: 0: no
+    labels. stop: say when x ends. hidden, features: units of GRU, other layers. Else ValueError."""
+    def __init__(self, x_dim=28, z_dim=48, likelihood="bernoulli", prior="learned", num_classes=0,
+                 stop=False, mixtures=1, hidden=384, features=256):
         super().__init__()
-        if likelihood not in ("bernoulli", "gaussian", "pen") or likelihood == "pen" and x_dim != 3:
-            raise ValueError(f'likelihood is "bernoulli", "gaussian" or, of three columns, "pen", not {likelihood!r}')
-        if prior not in ("learned", "standard"):
-            raise ValueError(f'prior is "learned" or "standard", not {prior!r}')
-        self.x_dim, self.z_dim, self.likelihood, self.stop, self.mixtures = x_dim, z_dim, likelihood, stop, mixtures
-        self.sizes = [3 * hidden, features, features, features]   # what h and y enter: GRU, posterior, prior, output
-        self.start = nn.Parameter(torch.zeros(hidden))
-        self.phi_x = nn.Sequential(nn.Linear(x_dim, features), nn.SiLU(), nn.Linear(features, features), nn.SiLU())
-        self.gru_x, self.gru_h = nn.Linear(features, 3 * hidden), nn.Linear(hidden, 3 * hidden)
-        self.label = nn.Embedding(num_classes, sum(self.sizes)) if num_classes else None
-        self.out_h = nn.Linear(hidden, features)
-        if z_dim:
-            self.phi_z = nn.Sequential(nn.Linear(z_dim, features), nn.SiLU())
-            self.gru_z = nn.Linear(features, 3 * hidden, bias=False)
-            self.out_z = nn.Linear(features, features, bias=False)
-            self.enc_x, self.enc_h = nn.Linear(features, features), nn.Linear(hidden, features, bias=False)
-            self.enc = nn.Sequential(nn.SiLU(), nn.Linear(features, 2 * z_dim))
-            self.prior_h, self.prior = (None, None) if prior == "standard" else (
-                nn.Linear(hidden, features), nn.Sequential(nn.SiLU(), nn.Linear(features, 2 * z_dim)))
-        outputs = {"bernoulli": x_dim, "gaussian": mixtures * (1 + 2 * x_dim), "pen": mixtures * 6 + 1}[likelihood]
-        self.out = nn.Sequential(nn.SiLU(), nn.Linear(features, features), nn.SiLU(), nn.Linear(features, outputs))
+        size = {"bernoulli": x_dim, "gaussian": mixtures * (1 + 2 * x_dim), "pen": mixtures * 6 + 1}
+        known = likelihood in size and prior in ("learned", "standard")
+        if not known or likelihood == "pen" and x_dim != 3:
+            raise ValueError(f"there is no VRNN with {likelihood=}, {prior=} and {x_dim=}")
+        self.x_dim, self.z_dim, self.likelihood, self.mixtures = x_dim, z_dim, likelihood, mixtures
+        y, f_z = 64 if num_classes else 0, features if z_dim else 0    # sizes of features
+        weights = 0.1 * torch.randn(num_classes, y)    # larger ones raise the KL at the start
+        self.label = nn.Embedding.from_pretrained(weights, freeze=False) if y else None
+        self.phi_x = mlp(x_dim, features, features)
+        self.phi_z = mlp(z_dim, features) if z_dim else nn.Identity()
+        self.enc = mlp(features + hidden + y, features, 2 * z_dim)[:-1] if z_dim else None
+        learned = prior == "learned" and z_dim
+        self.prior_net = mlp(hidden + y, features, 2 * z_dim)[:-1] if learned else None
+        self.dec = mlp(f_z + hidden + y, features, features, size[likelihood])[:-1]
+        self.gru = nn.GRUCell(features + f_z + y, hidden)
+        self.h_0 = nn.Parameter(torch.zeros(hidden))
         self.end = nn.Linear(hidden, 1) if stop else None
 
-    def labels(self, y, n):
-        """What y (B,) adds to the inputs of GRU, posterior, prior and output, each (B, .), or zeros (n, .)."""
+    def embed(self, y, n):    # features (n, 64) of the labels, (n, 0) if there are none
         if (y is None) != (self.label is None):
-            raise ValueError("labels y are needed by a model of num_classes > 0, and taken by no other")
-        if self.label is None:
-            return [self.start.new_zeros(n, s) for s in self.sizes]
-        return self.label(y).split(self.sizes, -1)
+            raise ValueError("labels y are needed if num_classes > 0, and only then")
+        return self.h_0.new_zeros(n, 0) if y is None else self.label(y)
 
-    def prior_of(self, h, label):
-        """mu, logvar (..., z_dim) of p(z_t|h_{t-1})."""
-        if self.prior is None:
-            return h.new_zeros(2, *h.shape[:-1], self.z_dim).unbind(0)
-        mu, logvar = self.prior(self.prior_h(h) + label).chunk(2, -1)
+    def gaussian(self, net, *inputs):    # mu, logvar (..., z_dim); N(0, I) if there is no net
+        if net is None:
+            return self.h_0.new_zeros(2, *inputs[0].shape[:-1], self.z_dim).unbind(0)
+        mu, logvar = net(torch.cat(inputs, -1)).to(self.h_0.dtype).chunk(2, -1)
         return mu, logvar.clamp(-10, 10)
 
-    def output(self, h, f_z, label):
-        """The parameters of p(x_t|z_t, h_{t-1})."""
-        return self.out(self.out_h(h) + label + (self.out_z(f_z) if self.z_dim else 0))
+    def forward(self, x, lengths, y=None, k=None):
+        """x (T, B, D), lengths (B,), y (B,) -> log_px, kl, log_w in nats, (B,), or (k, B) for k
+        samples of z. Padding is ignored. ValueError for missing or unwanted labels."""
+        if k is not None:
+            y = None if y is None else y.repeat(k)
+            return [term.view(k, -1) for term in self(x.repeat(1, k, 1), lengths.repeat(k), y)]
+        t = torch.arange(len(x), device=x.device)[:, None]
+        inside = t < lengths                                                       # (T, B)
+        x = torch.where(inside[:, :, None], x, 0.0)
+        f_x = self.phi_x(x)
+        label = self.embed(y, x.shape[1])
+        h = self.h_0.expand(x.shape[1], -1)
+        steps = []
+        for f_x_t in f_x.unbind(0):    # the gradient of f_x[t] would be as large as f_x
+            mu_q, logvar_q = self.gaussian(self.enc, f_x_t, h, label)              # eq. 9
+            eps = torch.randn_like(mu_q)
+            z = mu_q + (0.5 * logvar_q).exp() * eps
+            f_z = self.phi_z(z)
+            steps.append((h, mu_q, logvar_q, eps, z, f_z))
+            h = self.gru(torch.cat([f_x_t, f_z, label], 1), h)                     # eq. 7
 
-    def gru(self, gates, h):
-        """gates (B, 3 H), what the inputs add to reset and update gates and candidate; h (B, H) -> new h."""
-        sizes = [2 * h.shape[-1], h.shape[-1]]
-        (a, a_n), (b, b_n) = gates.split(sizes, -1), self.gru_h(h).split(sizes, -1)
-        reset, update = torch.sigmoid(a + b).chunk(2, -1)
-        return torch.lerp(torch.tanh(torch.addcmul(a_n, reset, b_n)), h, update)
+        # all time steps at once, (T, B, .)
+        h_before, mu_q, logvar_q, eps, z, f_z = [torch.stack(values) for values in zip(*steps)]
+        label = label.expand(len(x), -1, -1)
+        mu_p, logvar_p = self.gaussian(self.prior_net, h_before, label)            # eq. 5
+        log_px = self.log_density(x, self.dec(torch.cat([f_z, h_before, label], 2)))    # eq. 6
+        if self.end is not None:
+            s = self.end(torch.cat([h_before[1:], h[None]])).squeeze(2).to(x.dtype)
+            log_px = log_px + F.logsigmoid(torch.where(t == lengths - 1, s, -s))
+        var_p = logvar_p.exp()    # the next line is the KL of eq. 11
+        kl = 0.5 * (logvar_p - logvar_q - 1 + ((mu_q - mu_p)**2 + logvar_q.exp()) / var_p).sum(2)
+        log_ratio = 0.5 * (eps**2 + logvar_q - logvar_p - (z - mu_p)**2 / var_p).sum(2)
+        return [torch.where(inside, v, 0.0).sum(0) for v in (log_px, kl, log_px + log_ratio)]
 
-    def step(self, enc_x, gates, h):
-        """A time step of inference and recurrence, only what depends on the step before: h, and what was drawn."""
-        if not self.z_dim:
-            return self.gru(gates, h),
-        mu, logvar = self.enc(enc_x + self.enc_h(h)).chunk(2, -1)
-        logvar = logvar.clamp(-10, 10)
-        eps = torch.randn_like(mu)
-        f_z = self.phi_z(torch.addcmul(mu, (0.5 * logvar).exp(), eps))
-        return self.gru(torch.addmm(gates, f_z, self.gru_z.weight.T), h), mu, logvar, eps, f_z
-
-    def mixture(self, out):
-        """Of the output's parameters: log weights (..., K), means and log variances (..., K, D), and the rest."""
+    def mixture(self, out):    # log weights (..., K), mu, logvar (..., K, D), r (..., K), pen-up
         k, d = self.mixtures, 2 if self.likelihood == "pen" else self.x_dim
         weights, mu, logvar, rest = out.split([k, k * d, k * d, out.shape[-1] - k - 2 * k * d], -1)
-        return weights.log_softmax(-1), mu.unflatten(-1, (k, d)), logvar.unflatten(-1, (k, d)).clamp(-12, 12), rest
+        r = 0.99 * rest[..., :-1].tanh()    # empty, as is pen-up, but for the pen
+        logvar = logvar.unflatten(-1, (k, d)).clamp(-12, 12)
+        return weights.log_softmax(-1), mu.unflatten(-1, (k, d)), logvar, r, rest[..., -1:]
 
-    def log_px(self, x, out):
-        """log p(x_t|z_t, h_{t-1}) in nats: x (..., D), out (..., .) -> (...)."""
+    def log_density(self, x, out):    # log p(x_t | z_t, h_{t-1}) (...); out is what dec returns
+        out = out.to(x.dtype)
         if self.likelihood == "bernoulli":
-            return bernoulli(x, out).sum(-1)
-        log_weights, mu, logvar, rest = self.mixture(out)
-        if self.likelihood == "gaussian":
-            log_n = -0.5 * ((x[..., None, :] - mu) ** 2 * (-logvar).exp() + logvar + math.log(2 * math.pi)).sum(-1)
-            return torch.logsumexp(log_weights + log_n, -1)
-        # a bivariate Gaussian with correlation r is N(x_1) N(x_2 | x_1), in standardised coordinates
-        r = 0.99 * torch.tanh(rest[..., :-1])
-        u, v = ((x[..., None, :2] - mu) * (-0.5 * logvar).exp()).unbind(-1)
-        log_n = -0.5 * (u ** 2 + (v - r * u) ** 2 / (1 - r ** 2) + torch.log(1 - r ** 2) + logvar.sum(-1))
-        return torch.logsumexp(log_weights + log_n, -1) - math.log(2 * math.pi) + bernoulli(x[..., 2], rest[..., -1])
+            return (x * out + F.logsigmoid(-out)).sum(-1)
+        log_weights, mu, logvar, r, up = self.mixture(out)
+        d = mu.shape[-1]
+        log_n = log_weights - 0.5 * (logvar + math.log(2 * math.pi)).sum(-1)
+        u = (x[..., None, :d] - mu) * (-0.5 * logvar).exp()
+        if self.likelihood == "pen":    # N(u_1) N(u_2 | u_1), where r is the correlation
+            u = torch.stack([u[..., 0], (u[..., 1] - r * u[..., 0]) / (1 - r**2).sqrt()], -1)
+            log_n = log_n - 0.5 * (1 - r**2).log()
+        log_mixture = (log_n - 0.5 * (u**2).sum(-1)).logsumexp(-1)
+        return log_mixture + (x[..., d:] * up + F.logsigmoid(-up)).sum(-1)
 
-    def forward(self, x, lengths, y=None, k=None):
-        """x (T, B, D), lengths (B,), labels y (B,) -> log_px, kl, log_w in nats, each (B,), or (k, B) for k samples.
-
-        What stands behind a sequence's end plays no part.
-        """
-        if k is not None:
-            x, lengths, y = x.repeat(1, k, 1), lengths.repeat(k), None if y is None else y.repeat(k)
-        terms = [t.sum(0) for t in self.terms(x, lengths, y)]
-        return tuple(terms if k is None else (t.view(k, -1) for t in terms))
-
-    def terms(self, x, lengths, y=None):
-        """As `forward`, of every time step: (T, B)."""
-        steps, n = x.shape[:2]
-        t = torch.arange(steps, device=x.device)[:, None]
-        inside = t < lengths
-        x = torch.where(inside[..., None], x, 0.0)
-        label_gru, label_enc, label_prior, label_out = self.labels(y, n)
-        f_x = self.phi_x(x)
-        gates = self.gru_x(f_x) + label_gru
-        enc_x = self.enc_x(f_x) + label_enc if self.z_dim else gates
-        h, before, latents = self.start.expand(n, -1), [], []
-        for gates_t, enc_x_t in zip(gates.unbind(0), enc_x.unbind(0)):   # gates[t]: a gradient T times as large
-            before.append(h)
-            h, *latent = self.step(enc_x_t, gates_t, h)
-            latents.append(latent)
-        after = torch.stack([*before[1:], h])
-        before, f_z, kl, log_ratio = torch.stack(before), None, torch.zeros_like(inside, dtype=x.dtype), 0.0
-        if self.z_dim:
-            mu_q, logvar_q, eps, f_z = map(torch.stack, zip(*latents))             # (T, B, .)
-            mu_p, logvar_p = self.prior_of(before, label_prior)
-            precision, log_ratio = (-logvar_p).exp(), logvar_q - logvar_p
-            kl = 0.5 * (((mu_q - mu_p) ** 2 + logvar_q.exp()) * precision - 1 - log_ratio).sum(-1)
-            z = mu_q + (0.5 * logvar_q).exp() * eps
-            log_ratio = 0.5 * (eps ** 2 + log_ratio - (z - mu_p) ** 2 * precision).sum(-1)   # log p(z) - log q(z)
-        log_px = self.log_px(x, self.output(before, f_z, label_out))
-        if self.stop:
-            log_px = log_px + bernoulli((t == lengths - 1).to(x.dtype), self.end(after).squeeze(-1))
-        return [torch.where(inside, v, 0.0) for v in (log_px, kl, log_px + log_ratio)]
-
-    def draw(self, out, temperature):
-        """x_t (B, D) from the parameters of p(x_t|z_t, h_{t-1})."""
+    def draw(self, out, temperature=1.0):    # x_t (B, D) from p(x_t | z_t, h_{t-1})
         if self.likelihood == "bernoulli":
             return torch.bernoulli((out / temperature).sigmoid())
-        log_weights, mu, logvar, rest = self.mixture(out)
-        # a component by the largest of log weights plus Gumbel noise, (B, 1): torch.multinomial would wait for a GPU
-        which = (log_weights / temperature - torch.empty_like(log_weights).exponential_().log()).argmax(-1, keepdim=True)
-        mu, logvar = (p.gather(1, which[..., None].expand(-1, -1, p.shape[-1]))[:, 0] for p in (mu, logvar))
-        eps = torch.randn_like(mu)
-        if self.likelihood == "gaussian":
-            return mu + temperature * (0.5 * logvar).exp() * eps
-        r = 0.99 * torch.tanh(rest[..., :-1]).gather(1, which)
-        eps = torch.cat([eps[:, :1], r * eps[:, :1] + (1 - r ** 2).sqrt() * eps[:, 1:]], -1)
-        up = torch.bernoulli((rest[:, -1:] / temperature).sigmoid())
-        return torch.cat([mu + temperature * (0.5 * logvar).exp() * eps, up], -1)
+        log_weights, mu, logvar, r, up = self.mixture(out)
+        gumbel = -torch.empty_like(log_weights).exponential_().log()    # multinomial would wait
+        which = (log_weights / temperature + gumbel).argmax(-1, keepdim=True)      # (B, 1)
+        mu, logvar = [v.take_along_dim(which[:, :, None], 1).squeeze(1) for v in (mu, logvar)]
+        u = torch.randn_like(mu)
+        if self.likelihood == "pen":
+            r = r.gather(1, which)
+            u = torch.cat([u[:, :1], r * u[:, :1] + (1 - r**2).sqrt() * u[:, 1:]], 1)
+        x = mu + temperature * (0.5 * logvar).exp() * u
+        return torch.cat([x, torch.bernoulli((up / temperature).sigmoid())], 1)
 
+    @torch.no_grad()
     def sample(self, steps, n=None, y=None, temperature=1.0):
-        """n sequences, or one for each label of y (B,), of at most `steps` steps: x (T, B, D) and lengths (B,).
-
-        temperature scales the standard deviations of z and x and divides the logits; 1 is the model.
-        """
-        n = n if y is None else len(y)
-        h, xs, ended = self.start.expand(n, -1), [], torch.zeros(n, dtype=torch.bool, device=self.start.device)
-        label_gru, _, label_prior, label_out = self.labels(y, n)
-        lengths = torch.full((n,), steps, device=h.device)
+        """n sequences, or one per label of y (B,), of at most `steps` steps: x (T, B, D), lengths.
+        temperature scales standard deviations of z and x and divides logits; 1 is the model's."""
+        label = self.embed(y, n)
+        h = self.h_0.expand(len(label), -1)
+        lengths = torch.full((len(label),), steps, device=h.device)
+        xs = []
         for t in range(steps):
-            f_z = None
-            if self.z_dim:
-                mu, logvar = self.prior_of(h, label_prior)
-                f_z = self.phi_z(mu + temperature * (0.5 * logvar).exp() * torch.randn_like(mu))
-            x = self.draw(self.output(h, f_z, label_out), temperature)
-            gates = self.gru_x(self.phi_x(x)) + label_gru
-            h = self.gru(gates + self.gru_z(f_z) if self.z_dim else gates, h)
-            xs.append(x.masked_fill(ended[:, None], 0.0))
-            if self.stop:
-                now = torch.bernoulli((self.end(h).squeeze(-1) / temperature).sigmoid()).bool() & ~ended
-                lengths, ended = torch.where(now, t + 1, lengths), ended | now
+            mu_p, logvar_p = self.gaussian(self.prior_net, h, label)               # eq. 5
+            z = mu_p + temperature * (0.5 * logvar_p).exp() * torch.randn_like(mu_p)
+            f_z = self.phi_z(z)
+            x = self.draw(self.dec(torch.cat([f_z, h, label], 1)), temperature)    # eq. 6
+            xs.append(torch.where((t < lengths)[:, None], x, 0.0))
+            h = self.gru(torch.cat([self.phi_x(x), f_z, label], 1), h)             # eq. 7
+            if self.end is not None:
+                s = (self.end(h).squeeze(1) / temperature).sigmoid()
+                lengths = torch.where(torch.bernoulli(s).bool(), lengths.clamp(max=t + 1), lengths)
         return torch.stack(xs), lengths
 
+class Sequences:
+    """Without padding: frames (sum of lengths, D), y and ends on the device, lengths on the CPU."""
+    def __init__(self, pairs, device, classes):
+        x, y = zip(*pairs)
+        self.lengths = torch.tensor([len(sequence) for sequence in x])
+        self.frames = torch.cat(x).to(device)
+        self.ends = self.lengths.cumsum(0).to(device)
+        self.y = torch.tensor([classes.index(c) for c in y], device=device) if classes else None
 
-def grid(n, columns, size):
-    """A figure for n drawings without frames, `columns` in a row, each `size` inches."""
+    def batches(self, order):
+        """x (T, B, D), lengths, y for each row of order (steps, B), without waiting for a GPU."""
+        lengths = self.lengths[order]
+        longest = (lengths.amax(1) + 7) // 8 * 8    # rounded up, so that freed memory can be reused
+        for index, n, steps in zip(order.to(self.ends), lengths.to(self.ends), longest.tolist()):
+            t = torch.arange(steps, device=n.device)[:, None]
+            at = torch.where(t < n, self.ends[index] - n + t, 0)
+            yield self.frames[at], n, None if self.y is None else self.y[index]
+
+def read_data(args):
+    """train, valid and test, each a Sequences; kind, "rows", "pen" or "speech"; scale, by which
+    values were divided; unit, in which they were recorded; classes, [] if there are no labels."""
+    import common
+    readers = {"pendigits": pendigits, "iam-ondb": iam_ondb, "glyphs": glyph_strokes,
+               "speech": spoken_digits, "wav": wav_folder}    # yield part, sequence, label
+    images = None if args.dataset in readers else common.images(args)    # sets args.dataset
+    read = readers.get(args.dataset, image_rows)
+    kind = {image_rows: "rows", spoken_digits: "speech", wav_folder: "speech"}.get(read, "pen")
+    parts = [], [], []
+    try:
+        for part, x, label in read(images or Path(args.data_dir).expanduser()):
+            parts[part].append((x, label))
+    except (OSError, ValueError) as error:
+        common.fail(error)
+    if not all(parts):
+        common.fail(f"{args.data_dir}: {[*map(len, parts)]} sequences to train, validate and test")
+    names = sorted({label for part in parts for _, label in part})
+    names = [] if "" in names else names
+    n = (args.batch_size or 32) if args.dry_run else None
+    train, valid, test = [Sequences(p[:n], args.device, args.conditional and names) for p in parts]
+    columns = 2 if kind == "pen" else None    # not pen-up
+    scale = 1.0 if kind == "rows" else float(train.frames[:, :columns].square().mean().sqrt()) or 1
+    for part in (train, valid, test) if kind != "rows" else ():
+        part.frames[:, :columns] /= scale
+    return types.SimpleNamespace(train=train, valid=valid, test=test, kind=kind, scale=scale,
+                                 unit=float(kind != "rows"), rate=8000, classes=names)
+
+def prepare(x, data, seed=None):    # binary rows; integers with noise: always new, or by a seed
+    g = None if seed is None else torch.Generator().manual_seed(seed)
+    noise = torch.rand(x.shape, generator=g, device="cpu" if g else x.device).to(x.device)
+    if data.kind == "rows":
+        return (255 * noise < x).float()
+    noise = data.unit / data.scale * (noise - 0.5)
+    noise[..., 2:] *= data.kind != "pen"    # pen-up stays 0 or 1
+    return (x + noise) @ dct(x.shape[-1], x.device) if data.kind == "speech" else x + noise
+
+@functools.cache    # copying it at every step would wait for the GPU
+def dct(n, device):    # the orthonormal cosine transform (n, n) of frames (..., n)
+    k = torch.arange(n, dtype=torch.float64)
+    base = torch.cos(math.pi / n * (k[:, None] + 0.5) * k) * torch.where(k > 0, 2 / n, 1 / n).sqrt()
+    return base.float().to(device)
+
+def image_rows(images):
+    for part, (x, y) in enumerate((images.train, images.valid, images.test)):
+        yield from ((part, rows, str(c)) for rows, c in zip(x.cpu().flatten(1, 2), y.tolist()))
+
+def moves(strokes, file):
+    """Lists of points (x, y) -> (T, 3) rows (dx, dy, pen-up); pen-up is 1 where a stroke ends."""
+    points = [(float(x), float(y), i == len(s)) for s in strokes for i, (x, y) in enumerate(s, 1)]
+    points = torch.tensor(points, dtype=torch.float64).view(-1, 3)
+    if not 0 < len(points) <= 2000 or not points.isfinite().all():
+        raise ValueError(f"{file}: has {len(points)} points; must be 1 to 2000, and finite")
+    points[:, :2] = points[:, :2].diff(dim=0, prepend=points[:1, :2])
+    return points.float()
+
+def glyph_strokes(root):    # outlines in matplotlib's fonts, distorted: integers, about 100 high
+    import common, numpy as np
+    from matplotlib.textpath import FontProperties, TextPath
+    random = np.random.default_rng(0)
+    fonts = [FontProperties(fname=font) for font in common.glyph_fonts()]
+    paths = [[TextPath((0, 0), str(digit), 140, font) for digit in range(10)] for font in fonts]
+    for i in range(6000):
+        digit, matrix = random.integers(10), np.eye(2) + random.uniform(-0.2, 0.2, (2, 2))
+        strokes = []
+        for outline in paths[random.integers(len(paths))][digit].to_polygons():
+            x, y = (outline @ matrix).T
+            length = np.r_[0, np.hypot(np.diff(x), np.diff(y)).cumsum()]
+            at = np.linspace(0, length[-1], max(3, round(length[-1] / 8)))    # moves 8 long
+            strokes.append(np.c_[np.interp(at, length, x), np.interp(at, length, y)].round())
+        yield (i >= 5000) + (i >= 5500), moves(strokes, "glyphs"), str(digit)
+
+def pendigits(root):    # Alpaydin & Alimoglu 1998, UNIPEN text
+    for name, size in (("pendigits-orig.tra", 7494), ("pendigits-orig.tes", 3498)):
+        file = root / "pendigits" / name
+        file = file if file.exists() else file.with_name(name + ".Z")
+        if not file.exists():
+            download("https://archive.ics.uci.edu/static/public/81/pen+based+recognition+of+"
+                     "handwritten+digits.zip", file.parent, r"pendigits-orig\.t(ra|es)\.Z",
+                     "cd620bc67fb841b05abece060330ad57ffda5398f7dde0bdd595f689ec78d313")
+        packed = file.suffix == ".Z"    # Python can't unpack this format
+        if packed and not shutil.which("gzip"):
+            raise ValueError(f"{file}: unpacking needs gzip; or put {name} there, unpacked")
+        unpack = ["gzip", "-dc", file]
+        text = subprocess.run(unpack, capture_output=True).stdout if packed else file.read_bytes()
+        split = re.split(r'SEGMENT DIGIT.*"(\d)"', text.decode("latin-1"))
+        if len(split) != 1 + 2 * size:
+            raise ValueError(f"{file}: damaged, {len(split) // 2} digits of {size}")
+        for i, (label, body) in enumerate(zip(split[1::2], split[2::2])):
+            strokes = re.findall(r"\.PEN_DOWN(.*?)\.PEN_UP", body, re.S)
+            strokes = [re.findall(r"^ *(-?\d+) +(-?\d+) *$", s, re.M) for s in strokes]
+            yield 2 if size == 3498 else int(i >= 6745), moves(strokes, file), label
+
+def hash_split(name):    # 0, 1 or 2: training, validation or test, 8 : 1 : 1
+    return max(0, int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16) % 10 - 7)
+
+def files_below(root, ending):    # follows links to folders, skips names that begin with a dot
+    files = [root / name for name in glob.glob("**", root_dir=root, recursive=True)]
+    return sorted(f for f in files if f.name.lower().endswith(ending) and not f.is_dir())
+
+def iam_ondb(root):    # the user's copy, split by its three lists if all are there, else by folder
+    files = [file for file in files_below(root, ".xml") if "lineStrokes" in file.parts]
+    if not files:
+        raise ValueError(f"no lineStrokes/**/*.xml in {root}; IAM-OnDB has to be registered for")
+    lists = [root / name for name in ("trainset.txt", "testset_v.txt", "testset_f.txt")]
+    listed = {}
+    for part, file in enumerate(lists if all(file.exists() for file in lists) else []):
+        listed.update(dict.fromkeys(file.read_text("latin-1").split(), part))
+    for file in files:
+        part = listed.get(file.stem.rsplit("-", 1)[0]) if listed else hash_split(file.parent.name)
+        try:
+            strokes = [stroke.iter("Point") for stroke in ElementTree.parse(file).iter("Stroke")]
+            x = moves([[(p.get("x"), p.get("y")) for p in stroke] for stroke in strokes], file)
+        except (ElementTree.ParseError, TypeError, ValueError) as error:
+            raise ValueError(f"{file}: not a file of strokes: {error}")
+        if part is not None:
+            yield part, x * torch.tensor([1, -1, 1]), ""    # y points downwards in the files
+
+def spoken_digits(root):    # Free Spoken Digit Dataset: recordings 0-4 test, 5-9 validation
+    folder = root / "free-spoken-digit-dataset-1.0.10" / "recordings"
+    pattern = r"([0-9])_[a-z]+_([0-9]+)\.wav"
+    if not (folder / "9_yweweler_9.wav").exists():    # the last that a download writes
+        download("https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/"
+                 "v1.0.10.zip", folder, ".*/recordings/" + pattern,
+                 "45a9b976ba3397a2fd5c70a9f2e43c34f442a3a6be47392ecfc41174b678f37e")
+    for file in sorted(folder.iterdir()):
+        if name := re.fullmatch(pattern, file.name):
+            yield 2 - min(int(name[2]) // 5, 2), frames(file), name[1]
+
+def wav_folder(root):    # if all WAV files are in sub-folders, those are the classes
+    for file in files_below(root, ".wav"):
+        name = file.relative_to(root)
+        yield hash_split(name.as_posix()), frames(file), name.parts[0] if name.parts[1:] else ""
+
+def frames(file, rate=8000, size=200):    # (T, size) samples, channels' mean; zeros fill the end
+    try:
+        with wave.open(str(file)) as sound:
+            channels, width, old_rate, n = sound.getparams()[:4]
+            data = bytearray(sound.readframes(n))
+    except (wave.Error, EOFError, OSError) as error:
+        raise ValueError(f"{file}: not a WAV file: {error!r}")
+    n = len(data) // (width * channels)
+    new = max(int(n > 0), round(n * rate / max(1, old_rate)))
+    if width != 2 or channels > 2 or not 0 < new <= 2000 * size:
+        raise ValueError(f"{file}: {8 * width} bit, {channels} channels, {new} samples at {rate} Hz"
+                         f"; must be 16 bit, mono or stereo, 1 to {2000 * size} samples")
+    x = torch.frombuffer(data, dtype=torch.int16, count=n * channels).view(n, -1).float().mean(1)
+    if new != n:    # by its spectrum: what the new rate can't hold is left out
+        x = torch.fft.irfft(torch.fft.rfft(x)[:new // 2 + 1], new) * (new / n)
+    return F.pad(x, (0, -new % size)).view(-1, size)
+
+def download(url, folder, members, sha256):    # from a zip; sha256 is of sorted names and contents
+    import common
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(urllib.request.urlopen(url, timeout=30).read()))
+        wanted = filter(re.compile(members).fullmatch, archive.namelist())
+        content = {Path(name).name: archive.read(name) for name in wanted}
+        both = b"".join(name.encode() + content[name] for name in sorted(content))
+        if hashlib.sha256(both).hexdigest() != sha256:
+            raise ValueError("its checksum is wrong")
+        folder.mkdir(parents=True, exist_ok=True)
+    except Exception as error:    # urllib and zipfile raise a dozen kinds
+        raise ValueError(f"can't download {url}: {error!r}; put its files into {folder}")
+    for name, data in content.items():
+        common.write(folder / name, data)
+
+def draw_pictures(x, lengths, data, folder, columns=8):
+    """samples.png of x (T, B, D); of speech also spectrograms.png and sounds/ROW_COLUMN.wav."""
     from matplotlib.figure import Figure
-    rows = -(-n // columns)
-    fig = Figure(figsize=(size[0] * columns, size[1] * rows))
-    return fig, fig.subplots(rows, columns, squeeze=False, gridspec_kw=dict(left=0, right=1, bottom=0, top=1),
-                             subplot_kw=dict(frame_on=False, xticks=[], yticks=[])).flat
-
-
-def pen_picture(path, x, lengths, columns):
-    """Strokes (T, B, 3) as lines, `columns` in a row."""
-    fig, axes = grid(x.shape[1], columns, (1, 1))
-    for axis, n, moves in zip(axes, lengths, x.cpu().unbind(1)):
-        axis.set_aspect("equal")
-        points = moves[:n, :2].cumsum(0)
-        for stroke in points.tensor_split((moves[:n, 2] > 0.5).nonzero().flatten() + 1):
-            axis.plot(*stroke.T, "k-" if len(stroke) > 1 else "k.", linewidth=1, markersize=2)
-    fig.savefig(path, dpi=80)
-
-
-def sound_pictures(folder, x, lengths, columns, rate, scale):
-    """Frames (T, B, D) as WAV files in folder/sounds, and their waveforms and spectrograms as pictures."""
-    import wave
-
-    (folder / "sounds").mkdir(exist_ok=True)
-    (waves, at), (spectra, at_spectrum) = grid(x.shape[1], columns, (2, 1)), grid(x.shape[1], columns, (2, 1))
-    for i, (n, frames) in enumerate(zip(lengths, x.cpu().unbind(1))):
-        sound = (frames[:n].flatten() * scale).clamp(-32768, 32767)
-        at[i].plot(sound, "k", linewidth=0.3)
-        power = torch.stft(sound, 128, 32, window=torch.hann_window(128), return_complex=True).abs()
-        at_spectrum[i].imshow((1 + power).log(), origin="lower", aspect="auto", extent=(0, len(sound), 0, 1))
-        for axis in (at[i], at_spectrum[i]):
-            axis.set_xlim(0, int(lengths.max()) * x.shape[2])
-        with wave.open(str(folder / "sounds" / f"{i // columns}_{i % columns}.wav"), "wb") as file:
-            file.setnchannels(1), file.setsampwidth(2), file.setframerate(rate)
-            file.writeframes(sound.to(torch.int16).numpy().tobytes())
-    waves.savefig(folder / "samples.png", dpi=80), spectra.savefig(folder / "spectrograms.png", dpi=80)
-
+    from torchvision.utils import save_image
+    x = x[:lengths.max()].transpose(0, 1).cpu()
+    if data.kind == "rows":
+        images = x[:, None].repeat_interleave(4, 2).repeat_interleave(4, 3)
+        return save_image(images, folder / "samples.png", nrow=columns, pad_value=0.3)
+    if data.kind == "speech":
+        (folder / "sounds").mkdir(exist_ok=True)
+        x = (x @ dct(x.shape[2], x.device).T * data.scale).flatten(1).clamp(-32768, 32767)
+        power = torch.stft(x, 256, 64, window=torch.hann_window(256), return_complex=True).abs()
+        image = (1 + power).log().flip(1)[:, None]    # low frequencies at the bottom
+        save_image(image, folder / "spectrograms.png", nrow=columns, normalize=True, pad_value=0.3)
+    ax = Figure((columns, len(x) / columns)).add_axes([0, 0, 1, 1], aspect=1, adjustable="datalim")
+    for i, n in enumerate(lengths.tolist()):
+        row, column = divmod(i, columns)
+        if data.kind == "pen":
+            points, ends = x[i, :n, :2].cumsum(0), x[i, :n, 2].nonzero().flatten() + 1
+        else:
+            points, ends = torch.stack([torch.arange(200 * n), x[i, :200 * n]], 1), []
+            with wave.open(str(folder / "sounds" / f"{row}_{column}.wav"), "wb") as file:
+                file.setparams((1, 2, data.rate, 0, "NONE", None))    # mono, 16 bit
+                file.writeframes(x[i, :200 * n].to(torch.int16).numpy().tobytes())
+        points = points - (points.amax(0) + points.amin(0)) / 2
+        size = points.abs().max() if data.kind == "pen" else points.abs().amax(0)
+        points = 0.4 * points / size.clamp(min=1e-9) + torch.tensor([column, -row])
+        for stroke in points.tensor_split(ends):
+            ax.plot(*stroke.T, "k-" if len(stroke) > 1 else "k.", linewidth=0.7, markersize=2)
+    ax.figure.savefig(folder / "samples.png")
 
 def main(argv=None):
-    import common  # here, not above: the class needs torch alone and can be copied without it
-    from torchvision.utils import save_image
-
-    p = common.parser(__doc__, epochs=None, batch_size=None, lr=4e-3, test_samples=10, datasets=(
-        "mnist", "fashion-mnist", "kmnist", "pendigits", "iam-ondb", "speech", "wav", "glyphs"))
-    p.add_argument("--z-dim", type=common.at_least(0), default=48, help="size of z_t; 0 is the RNN without latents")
-    p.add_argument("--prior", choices=("learned", "standard"), default="learned", help="of z_t; standard is VRNN-I")
-    p.add_argument("--mixtures", type=common.at_least(1), metavar="K",
-                   help="components, of all but rows; None: 20 for the pen, else 1")
-    p.add_argument("--conditional", action="store_true", help="given the label")
-    p.add_argument("--digits", help="write, say or draw these, such as 2718, a row each; None: every label")
-    p.add_argument("--temperature", type=common.at_least(1e-6, float), default=1.0, help="of samples; 1 is the model's")
-    args = common.parse(p, argv)
-    if args.digits is not None and not (args.digits.isascii() and args.digits.isdigit()):
-        p.error(f"--digits {args.digits!r}: must be digits from 0 to 9, such as 2718")
-    if args.digits and not args.conditional:
-        p.error("--digits needs a model that was trained with --conditional")
-
-    data = common.sequences(args)
-    if args.conditional and not data.num_classes:
-        p.error(f"--conditional: --dataset {args.dataset} has no labels")
-    likelihood, mixtures, epochs, size = {"rows": ("bernoulli", 1, 7, 128), "pen": ("pen", 20, 30, 48),
-                                          "speech": ("gaussian", 1, 60, 32)}[data.kind]
-    args.epochs, args.batch_size = epochs if args.epochs is None else args.epochs, args.batch_size or size
-    model_args = dict(x_dim=data.train[0].shape[-1], z_dim=args.z_dim, likelihood=likelihood, prior=args.prior,
-                      num_classes=data.num_classes if args.conditional else 0, stop=data.kind != "rows",
-                      mixtures=args.mixtures or mixtures)
+    import common
+    # flags, data and model
+    args = common.parse(flags(), argv)
+    data = read_data(args)
+    classes = len(data.classes) if args.conditional else 0
+    digits = args.digits or "0123456789"[:classes or 10]
+    if args.conditional and not classes or not set(args.digits or "") <= set("0123456789"[:classes]):
+        common.fail(f"--conditional needs labels, and --digits it and some of {data.classes}")
+    args.run.about = {k: vars(data)[k] for k in ("kind", "scale", "unit", "rate", "classes")}
+    likelihood, *defaults = {"rows": ("bernoulli", 1, 7, 128), "pen": ("pen", 20, 30, 48),
+                             "speech": ("gaussian", 1, 60, 32)}[data.kind]
+    for name, value in zip(("mixtures", "epochs", "batch_size"), defaults):
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    model_args = dict(x_dim=data.train.frames.shape[1], likelihood=likelihood, num_classes=classes,
+                      stop=data.kind != "rows")
+    for name in ("z_dim", "prior", "mixtures", "hidden", "features"):
+        model_args[name] = getattr(args, name)
     model = VRNN(**model_args).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
-    basis = common.dct(model.x_dim, args.device)
-
-    def see(x, seed=None):
-        """What the model sees: binary rows, or integers spread over their step, and of frames of speech the cosines."""
-        if data.kind == "rows":
-            return common.binarise(x, seed)
-        noise = common.uniform(x, seed) - 0.5
-        if data.kind == "pen":
-            noise[..., 2] = 0
-        x = x + data.unit * noise
-        return common.exact_product(x, basis) if data.kind == "speech" else x
-
-    def bound(m, x, of, k):
-        lengths, y = of.unbind(1)
-        return m(x[:, :common.round_up(int(lengths.max()))].transpose(0, 1), lengths, y if args.conditional else None, k)
-
-    def fixed(part, seed):
-        """A part, seen once, its sequences sorted by length so that little is padded."""
-        x, lengths, y = part
-        order, of = lengths.argsort().to(x.device), torch.stack([lengths.to(x.device), y], 1)
-        return see(x, seed)[order], of[order]
-
-    x_valid, of_valid = fixed(data.valid, seed=1)
-    rows = max(32, 5_000 // x_valid.shape[1])
-    validate = lambda m: common.evaluate(partial(bound, m), x_valid, of_valid, rows=rows)
-    run = common.Run(args, model, model_args, optimizer, data.train, validate)
-    model.step = common.compiled(model.step, args, steady=data.kind == "rows")
-    for x, lengths, y in run:
-        x = see(x).transpose(0, 1)
-        log_px, kl, _ = model(x, lengths.to(x.device), y if args.conditional else None)
-        loss = (kl - log_px).mean()
-        run.log(loss, rec=-log_px, kl=kl)
-        optimizer.zero_grad()
-        loss.backward()
-        run.share()
-        nn.utils.clip_grad_norm_(model.parameters(), 100.0)
-        optimizer.step()
-
-    model = run.best_model()
-    test = common.evaluate(partial(bound, model), *fixed(data.test, seed=2), args.test_samples, rows)
-    run.finish(val=validate(model), test=test, data={"scale": data.scale})
-
-    with torch.inference_mode():
+    def evaluate(model, part, samples=1):
+        rows = max(32, 5000 // int(part.lengths.max()))    # at once, so that memory is bounded
+        return common.evaluate(lambda index, k: model(*next(part.batches(index[None])), k=k),
+                               part.lengths.argsort(), samples=samples, rows=rows)
+    def pictures(model):
         torch.manual_seed(args.seed)
-        digits = [int(d) for d in args.digits] if args.digits else range(data.num_classes or 10)
-        y = torch.tensor(digits, device=args.device).repeat_interleave(8)   # a row each, of eight
-        x, lengths = model.sample(x_valid.shape[1], len(y), y if args.conditional else None, args.temperature)
-        if data.kind == "rows":
-            save_image(x.transpose(0, 1)[:, None], run.dir / "samples.png", nrow=8, padding=1)
-        elif data.kind == "pen":
-            pen_picture(run.dir / "samples.png", x, lengths, columns=8)
-        else:
-            sound_pictures(run.dir, common.exact_product(x, basis.T), lengths, 8, 8000, data.scale)
-
+        y = torch.tensor([int(d) for d in digits], device=args.device).repeat_interleave(8)
+        steps = int(data.train.lengths.max())
+        samples = model.sample(steps, len(y), y if args.conditional else None, args.temperature)
+        draw_pictures(*samples, data, run.dir)
+    # training
+    data.valid.frames = prepare(data.valid.frames, data, seed=1)
+    run = common.Run(args, model, model_args, optimizer)
+    for epoch in range(run.epoch, args.epochs):
+        order = common.epoch_order(args, epoch, len(data.train.lengths), data.train.lengths)
+        for x, lengths, y in data.train.batches(order):
+            log_px, kl, _ = model(prepare(x, data), lengths, y)
+            loss = (kl - log_px).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            common.share_gradients(model, args)
+            nn.utils.clip_grad_norm_(model.parameters(), 100.0)
+            optimizer.step()
+            run.after_step(loss=loss, rec=-log_px, kl=kl)
+        if run.end_epoch(evaluate(run.average, data.valid)):
+            pictures(run.average)
+    # test and pictures
+    model = run.best_model()
+    data.test.frames = prepare(data.test.frames, data, seed=2)
+    run.finish(evaluate(model, data.test, args.test_samples))
+    pictures(model)
 
 if __name__ == "__main__":
     main()
