@@ -18,6 +18,8 @@ label reaches it through h_dec_{t-1}, for t > 1. Equation numbers below are thos
     python cdraw.py
     python cdraw.py --epochs 0 --resume out/cdraw-1 --digits 3141592    # draw these, one per row
 
+Measured, MNIST, seed 0: with --batch-size 100 --epochs 20 the test -ELBO is 81.47 nats, after 70
+minutes on one core (an earlier revision of this model, to be run again).
 Deviations from the paper: the label, a one-hot vector, and those of draw.py.
 """
 

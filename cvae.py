@@ -13,6 +13,10 @@
     python cvae.py --condition quadrants --z-dim 0      # the deterministic baseline, no latents
     python cvae.py --epochs 0 --resume out/cvae-1       # evaluate and draw only
 
+Measured, MNIST, seed 0: test -log p(x|y) of 82.65 nats given the label (1,000 samples); of hidden
+pixels given 1, 2, 3 quadrants 60.13, 41.78, 19.27 (100 samples), after 7 to 10 minutes on one core
+(an earlier revision of this model, to be run again).
+
 Deviations from the paper: it calls the condition x and the output y; the layers are gated; Adam; a
 running average of the weights is tested and sampled from; no hybrid objective with Gaussian
 stochastic networks; the prior gets no first guess of x by the baseline network, as the paper's

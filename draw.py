@@ -16,6 +16,10 @@ p(z_t|z_{<t}) = N(mu_p(h_dec_{t-1}), diag sigma_p(h_dec_{t-1})^2) takes the plac
 
     python draw.py
     python draw.py --glimpses 64 --read-size 2 --write-size 5    # the paper's sizes
+    python draw.py --epochs 0 --resume out/draw-1                # test and draw only
+
+Measured, MNIST, seed 0: `python draw.py` reaches a test -ELBO of 83.52 nats in 53 minutes on two
+cores (an earlier revision of this model, to be run again).
 
 Deviations from the paper: by default 32 glimpses and 5x5 windows to read with, to learn faster;
 pixels are binarised anew at every use; windows start as large as the image; log variances, strides

@@ -13,6 +13,10 @@
     with --auxiliary   q(a|x), q(y|a, x), q(z|a, y, x): L gains log p(a|z, y, x) - log q(a|x)
 
     python ssl_vae.py --labels 100    # also with --auxiliary, --supervised-only or --no-augment
+    python ssl_vae.py --epochs 0 --resume out/ssl_vae-1    # test and draw only
+
+Measured, MNIST, mean of three seeds, 8 to 14 minutes on one core: a test error of 0.67, 0.76 and
+1.18 % with 10,000, 1,000 and 100 labels (an earlier revision of this model, to be run again).
 
 Deviations from the papers: L and U have the opposite sign there. q(y|x) is a convolutional network
 with batch normalisation; it sees grey images under random affine maps: U is a bound for any q(y|.).
