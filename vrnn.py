@@ -29,15 +29,14 @@ def flags():
     import common  # here, not above: a copied class needs torch alone
     p = common.parser("vrnn", __doc__, epochs=None, batch_size=None, lr=4e-3, test_samples=10,
                       datasets=("pendigits", "iam-ondb", "speech", "wav"))
-    add = p.add_argument
-    add("--z-dim", type=common.at_least(0), default=48, help="size of z_t; 0: the RNN")
-    add("--hidden", type=common.at_least(1), default=384, help="units of the GRU")
-    add("--features", type=common.at_least(1), default=256, help="units of the other layers")
-    add("--prior", choices=("learned", "standard"), default="learned", help="of z_t")
-    add("--mixtures", type=common.at_least(1), help="components; None: pen strokes 20, else 1")
-    add("--conditional", action="store_true", help="given the label")
-    add("--digits", help="labels to sample, such as 2718, one row each; None: all")
-    add("--temperature", type=common.at_least(1e-6, float), default=1.0, help="of samples")
+    p.add_argument("--z-dim", type=common.at_least(0), default=48, help="size of z_t; 0: the RNN")
+    p.add_argument("--hidden", type=common.at_least(1), default=384, help="units of the GRU")
+    p.add_argument("--features", type=common.at_least(1), default=256, help="units of other layers")
+    p.add_argument("--prior", choices=("learned", "standard"), default="learned", help="of z_t")
+    p.add_argument("--mixtures", type=common.at_least(1), help="components; None: pen 20, else 1")
+    p.add_argument("--conditional", action="store_true", help="given the label")
+    p.add_argument("--digits", help="labels to sample, such as 2718, one row each; None: all")
+    p.add_argument("--temperature", type=common.at_least(1e-6, float), default=1.0, help="samples'")
     return p
 
 if __name__ == "__main__":
@@ -376,7 +375,8 @@ def draw_pictures(x, lengths, data, folder, columns=8):
         power = torch.stft(x, 256, 64, window=torch.hann_window(256), return_complex=True).abs()
         image = (1 + power).log().flip(1)[:, None]    # low frequencies at the bottom
         save_image(image, folder / "spectrograms.png", nrow=columns, normalize=True, pad_value=0.3)
-    ax = Figure((columns, len(x) / columns)).add_axes([0, 0, 1, 1], aspect=1, adjustable="datalim")
+    ax = Figure((columns, len(x) / columns)).add_axes([0, 0, 1, 1], aspect=1)
+    ax.set_axis_off()
     for i, n in enumerate(lengths.tolist()):
         row, column = divmod(i, columns)
         if data.kind == "pen":
