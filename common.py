@@ -107,7 +107,7 @@ def images(args):
         except Exception as error:    # torchvision lets through whatever its parser stumbles over
             if args.dataset or folder not in new:
                 fail(f"{name}: not to be downloaded, or damaged in {folder}: {error}")
-            args.run.note = f"NOT MNIST: not in {args.data_dir}, no download. Glyphs instead."
+            args.run.note = f"NOT MNIST (not in {args.data_dir}, no download): glyphs from fonts"
             print(args.run.note, flush=True)
             name = "glyphs"
         finally:
