@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "torchvision", "numpy", "matplotlib"]
+# dependencies = ["torch>=2.7", "torchvision", "numpy", "matplotlib"]
 # ///
 """Conditional DRAW: DRAW (Gregor et al. 2015) given a label y, which encoder and decoder see.
 
@@ -96,8 +96,8 @@ class CDRAW(nn.Module):
         self.start = nn.Parameter(torch.zeros(4, 1, hidden))    # h_enc, cell_enc, h_dec, cell_dec
         self.canvas = nn.Parameter(torch.full(self.shape, -2.0))    # c_0, dark
         self.prior = nn.Linear(hidden, 2 * z_dim).requires_grad_(prior == "learned")
-        # initial values that it learns from at once; the prior is N(0, I) at first, or for good
-        nn.init.normal_(self.encoder.weight_ih[:, :reads], std=reads**-0.5)    # r must tell
+        # initial values that speed up the start; the prior is N(0, I) at first, or for good
+        nn.init.normal_(self.encoder.weight_ih[:, :reads], std=reads**-0.5)    # r counts
         nn.init.ones_(self.encoder.bias_ih[hidden:2 * hidden])    # open forget gates (i, f, g, o)
         nn.init.ones_(self.decoder.bias_ih[hidden:2 * hidden])
         nn.init.zeros_(self.prior.weight)
@@ -136,9 +136,9 @@ class CDRAW(nn.Module):
             r = self.read(x, x_hat, h_dec)                                         # eq. 4
             r = torch.cat([r, h_dec, y], 1)
             h_enc, cell_enc = self.encoder(r, (h_enc, cell_enc))                   # eq. 5
-            mu, logvar = self.posterior(h_enc).chunk(2, 1)                         # eqs. 1, 2
+            mu, logvar = self.posterior(h_enc).to(x.dtype).chunk(2, 1)             # eqs. 1, 2
             logvar = logvar.clamp(-14, 14)
-            mu_p, logvar_p = self.prior(h_dec).chunk(2, 1)
+            mu_p, logvar_p = self.prior(h_dec).to(x.dtype).chunk(2, 1)
             logvar_p = logvar_p.clamp(-14, 14)
             eps = torch.randn_like(mu)
             z = mu + (0.5 * logvar).exp() * eps                                    # eq. 6
@@ -172,16 +172,16 @@ class CDRAW(nn.Module):
                 windows.append(self.write_window(h_dec))
         return (torch.stack(canvases), windows) if with_windows else torch.stack(canvases)
 
-def draw_pictures(canvases, windows, folder):
+def draw_pictures(canvases, windows, folder, most=10):
     """samples.png, a row per sample and a column per time step; drawing.gif, with write windows."""
     from torchvision import utils
     from torchvision.transforms.functional import to_pil_image
     steps, _, _, height, width = canvases.shape
     images = canvases.cpu().expand(-1, -1, 3, -1, -1)
     images = images.repeat_interleave(3, 3).repeat_interleave(3, 4)
-    rows = images[torch.linspace(0, steps - 1, min(10, steps)).long(), :10].transpose(0, 1)
+    rows = images[torch.linspace(0, steps - 1, min(10, steps)).long(), :most].transpose(0, 1)
     utils.save_image(rows.flatten(0, 1), folder / "samples.png", nrow=rows.shape[1])
-    for step, window in zip(images[:-1], windows):    # boxes through the outermost filters' centres
+    for step, window in zip(images[:-1], windows):    # roughly through the outermost filters
         centre, half = window[:, :2].cpu(), window[:, 3:4].cpu().exp()
         boxes = torch.cat([centre - half, centre + half], 1).clamp(-0.99, 0.99) * 1.5 + 1.5
         boxes = boxes * torch.tensor([width, height, width, height])
@@ -200,6 +200,7 @@ def main(argv=None):
     if not (args.digits or "0").isdecimal():
         p.error(f"--digits {args.digits}: must be digits, such as 3141592")
     data = common.images(args)
+    most = len(args.digits or "0123456789")    # rows of the picture
     digits = torch.tensor([int(d) for d in args.digits or 4 * "0123456789"], device=args.device)
     model_args = dict(shape=data.shape, num_classes=data.num_classes)
     model_args["attention"] = not args.no_attention
@@ -217,18 +218,18 @@ def main(argv=None):
             loss = (kl - log_px).mean()
             optimizer.zero_grad()
             loss.backward()
-            common.share_gradients(model, args)
+            common.share_gradients(model, args)    # under torchrun
             nn.utils.clip_grad_norm_(model.parameters(), 10.0)
             optimizer.step()
-            run.after_step(loss=loss, rec=-log_px, kl=kl)
+            run.after_step(loss=loss, rec=-log_px, kl=kl)    # averages weights, keeps the figures
         if run.end_epoch(common.evaluate(run.average, x_valid, y_valid, rows=1024)):
-            draw_pictures(*run.average.sample(digits, with_windows=True), run.dir)
+            draw_pictures(*run.average.sample(digits, with_windows=True), run.dir, most)
 
     # test and pictures
     model = run.best_model()
     x_test, y_test = common.binarise(data.test[0], seed=2), data.test[1]
     run.finish(common.evaluate(model, x_test, y_test, samples=args.test_samples, rows=1024))
-    draw_pictures(*model.sample(digits, with_windows=True), run.dir)
+    draw_pictures(*model.sample(digits, with_windows=True), run.dir, most)
 
 if __name__ == "__main__":
     main()

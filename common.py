@@ -1,5 +1,5 @@
 """What the scripts share. They import it inside functions: a copied class needs torch alone."""
-import argparse, contextlib, copy, io, itertools, json, math, os, socket, statistics, sys, time
+import argparse, atexit, contextlib, copy, io, json, math, os, socket, statistics, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,12 +24,11 @@ def last_words(kind, error, trace):
 
 def at_least(low, kind=int):
     """An argparse type: a number from `low` to 2**63, whole unless kind=float."""
-    def read(text):
+    def number(text):    # argparse's own message for 'x': invalid number value
         if low <= kind(text) < 2**63:
             return kind(text)
-        raise argparse.ArgumentTypeError(f"must be a {read.__name__} of at least {low}, not {text}")
-    read.__name__ = "whole number" if kind is int else "number"    # for argparse's own message
-    return read
+        raise argparse.ArgumentTypeError(f"must be a number of at least {low}, not {text}")
+    return number
 
 def parser(script, doc, epochs, batch_size, lr, test_samples, datasets=()):
     """The flags of every script; the defaults are the script's own."""
@@ -44,7 +43,7 @@ def parser(script, doc, epochs, batch_size, lr, test_samples, datasets=()):
     add("--epochs", type=at_least(0), default=epochs, help="train up to this many in all")
     add("--batch-size", type=at_least(1), default=batch_size, help="examples per step")
     add("--lr", type=at_least(1e-9, float), default=lr, help="Adam's learning rate")
-    add("--seed", type=at_least(0), default=0, help="of weights, noise and order")
+    add("--seed", type=at_least(0), default=0, help="seed of weights, noise and order")
     add("--device", default="auto", help="auto takes an accelerator if there is one, else cpu")
     add("--resume", metavar="PATH", help="continue from a checkpoint or a run's folder")
     add("--dry-run", action="store_true", help="one batch of everything, to see it work")
@@ -69,22 +68,22 @@ def parse(p, argv=None):
             fail(f"--resume {path}: not a checkpoint that can be read: {error!r}")
         args = p.parse_args(argv)
     if args.dry_run:
-        args.epochs = 1 + (len(run.saved["rows"]) if run.saved else 0)
-        args.test_samples = 4
+        args.epochs, args.test_samples = 1 + len(run.saved["rows"] if run.saved else []), 4
     if args.device == "auto":
         args.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if torch.distributed.is_torchelastic_launched():
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        run.rank, run.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     try:
+        if torch.distributed.is_torchelastic_launched():
+            if args.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+            run.rank, run.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+            atexit.register(torch.distributed.destroy_process_group)
         a = torch.rand(64, 64, device=args.device).cpu()
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device} can't be used, try auto: {error}")
-    torch.backends.cudnn.allow_tf32 = False    # products stay float32, on a CPU by a fast library
+    torch.backends.cudnn.allow_tf32 = False    # all products are in float32; "medium" takes a
     torch.set_float32_matmul_precision("medium" if args.device == "cpu" else "highest")
-    if (a @ a - a.double() @ a.double()).abs().max() > 1e-4:    # not float32 on this CPU
+    if (a @ a - a.double() @ a.double()).abs().max() > 1e-4:    # faster library, or bfloat16
         torch.set_float32_matmul_precision("highest")
     torch.set_flush_denormal(True)    # tiny numbers would slow a CPU several times
     torch.manual_seed(args.seed)
@@ -106,7 +105,7 @@ def images(args):
             parts = [(part.data[a:b, None], part.targets[a:b]) for part, a, b in parts]
         except Exception as error:    # torchvision lets through whatever its parser stumbles over
             if args.dataset or folder not in new:
-                fail(f"{name}: not to be downloaded, or damaged in {folder}: {error}")
+                fail(f"{name}: no download, or damaged files in {folder}: {error}")
             args.run.note = f"NOT MNIST (not in {args.data_dir}, no download): glyphs from fonts"
             print(args.run.note, flush=True)
             name = "glyphs"
@@ -161,7 +160,7 @@ def epoch_order(args, epoch, n, lengths=None):
         index = index[lengths[index].argsort(stable=True)]
     index = index.view(-1, size)[torch.randperm(n // size)]
     torch.manual_seed(seed + args.run.rank)    # the order is common, the noise is not
-    args.run.steps, args.run.began = len(index), time.time()
+    args.run.steps, args.run.size, args.run.began = len(index), size, time.time()
     return index[:, args.run.rank::args.run.world]    # this process's part, under torchrun
 
 def batches(args, epoch, *tensors):
@@ -215,8 +214,8 @@ class Run:
         self.facts = {"script": args.run.script, "model_args": model_args, **args.run.about}
         self.facts["args"] = {k: v for k, v in vars(args).items() if k != "run"}
         if saved := args.run.saved:
-            if saved["model_args"] != model_args:
-                fail(f"--resume {args.resume}: its model has {saved['model_args']}")
+            if (saved["model_args"], saved["args"]["dataset"]) != (model_args, args.dataset):
+                fail(f"--resume: trained on {saved['args']['dataset']} with {saved['model_args']}")
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             optimizer.param_groups[0]["lr"] = args.lr
@@ -231,8 +230,9 @@ class Run:
     def claim(self, source):
         """A new folder; but a run that is continued from its checkpoint.pt keeps its own."""
         if source.name == "checkpoint.pt" and not (self.args.out_dir or self.args.dry_run):
-            return source.parent
-        for n in itertools.count(1):
+            if self.args.epochs > self.epoch or not source.with_name("results.json").exists():
+                return source.parent
+        for n in range(1, 10**9):
             folder = Path(self.args.out_dir or f"out/{self.args.run.script}-{n}").expanduser()
             with contextlib.suppress(FileExistsError):
                 folder.mkdir(parents=True)
@@ -254,9 +254,9 @@ class Run:
     def end_epoch(self, valid):
         """Log and save; True if the first of the validation's figures is the best so far."""
         train = {k: torch.stack([s[k] for s in self.steps]).mean().item() for k in self.steps[0]}
-        if not math.isfinite(train["loss"]):
+        if not math.isfinite(train["loss"] + sum(p.sum() for p in self.model.parameters()).item()):
             fail(f"the loss of epoch {self.epoch + 1} is not finite; try a smaller --lr{Run.hint}")
-        speed = len(self.steps) * self.args.batch_size / (self.now - self.args.run.began)
+        speed = len(self.steps) * self.args.run.size / (self.now - self.args.run.began)
         row = {"epoch": self.epoch + 1, "seconds": time.time() - self.began,
                "examples_per_second": speed, **{f"train_{k}": v for k, v in train.items()},
                **{f"valid_{k}": v for k, v in valid.items()}}
@@ -268,10 +268,10 @@ class Run:
         self.best = copy.deepcopy(self.average.state_dict()) if row["best"] else self.best
         state, content = {k: part.state_dict() for k, part in self.parts.items()}, io.BytesIO()
         torch.save({**self.facts, **state, "model": self.best, "rows": self.rows}, content)
-        if row["best"]:
+        if row["best"] or not (self.dir / "best.pt").exists():
             write(self.dir / "best.pt", content.getvalue())
         write(self.dir / "checkpoint.pt", content.getvalue())    # says that the epoch is done
-        lines = [",".join(map(str, line)) for line in (row, *(r.values() for r in self.rows))]
+        lines = [",".join(row)] + [",".join(map(str, r.values())) for r in self.rows]
         write(self.dir / "log.csv", ("\n".join(lines) + "\n").encode())
         Run.hint = f"; continue with --resume {self.dir}"
         left = row["seconds"] / self.epoch * (self.args.epochs - self.epoch)

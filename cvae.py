@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "torchvision", "numpy", "matplotlib"]
+# dependencies = ["torch>=2.7", "torchvision", "numpy", "matplotlib"]
 # ///
 """Conditional VAE (Sohn, Lee & Yan 2015): generate x given y, a label or a part of the image.
 
@@ -95,12 +95,13 @@ class CVAE(nn.Module):
         """mu, logvar (B, z_dim) of p(z|y); h_y = features(y)."""
         if not self.z_dim:
             return h_y.new_zeros(2, len(h_y), 0).unbind(0)
-        mu, logvar = self.prior_net(h_y).chunk(2, 1)
+        mu, logvar = self.prior_net(h_y).to(self.dec[0].weight.dtype).chunk(2, 1)
         return mu, logvar.clamp(-14, 14)
 
     def posterior(self, x, h_y):
         """mu, logvar (B, z_dim) of q(z|x, y)."""
-        mu, logvar = self.enc(torch.cat([self.phi_x(x.flatten(1)), h_y], 1)).chunk(2, 1)
+        h = torch.cat([self.phi_x(x.flatten(1)), h_y], 1)
+        mu, logvar = self.enc(h).to(x.dtype).chunk(2, 1)
         return mu, logvar.clamp(-14, 14)
 
     def decode(self, z, h_y):
@@ -187,11 +188,11 @@ def main(argv=None):
             loss = (kl - log_px).mean()
             optimizer.zero_grad()
             loss.backward()
-            common.share_gradients(model, args)
+            common.share_gradients(model, args)    # under torchrun
             nn.utils.clip_grad_norm_(model.parameters(), 100.0)
             optimizer.step()
-            run.after_step(loss=loss, rec=-log_px, kl=kl)
-        if run.end_epoch(common.evaluate(run.average, x_valid, y_valid)):
+            run.after_step(loss=loss, rec=-log_px, kl=kl)    # averages weights, keeps the figures
+        if run.end_epoch(common.evaluate(run.average, x_valid, y_valid)):    # logs, saves; if best
             draw_pictures(run.average, x_valid[:12], y_valid[:12], run.dir)
 
     # test and pictures

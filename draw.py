@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "torchvision", "numpy", "matplotlib"]
+# dependencies = ["torch>=2.7", "torchvision", "numpy", "matplotlib"]
 # ///
 """DRAW (Gregor et al. 2015, "DRAW: A Recurrent Neural Network For Image Generation").
 
@@ -97,8 +97,8 @@ class DRAW(nn.Module):
         self.start = nn.Parameter(torch.zeros(4, 1, hidden))    # h_enc, cell_enc, h_dec, cell_dec
         self.canvas = nn.Parameter(torch.full(self.shape, -2.0))    # c_0, dark
         self.prior = nn.Linear(hidden, 2 * z_dim).requires_grad_(prior == "learned")
-        # initial values that it learns from at once; the prior is N(0, I) at first, or for good
-        nn.init.normal_(self.encoder.weight_ih[:, :reads], std=reads**-0.5)    # r must tell
+        # initial values that speed up the start; the prior is N(0, I) at first, or for good
+        nn.init.normal_(self.encoder.weight_ih[:, :reads], std=reads**-0.5)    # r counts
         nn.init.ones_(self.encoder.bias_ih[hidden:2 * hidden])    # open forget gates (i, f, g, o)
         nn.init.ones_(self.decoder.bias_ih[hidden:2 * hidden])
         nn.init.zeros_(self.prior.weight)
@@ -135,9 +135,9 @@ class DRAW(nn.Module):
             x_hat = x - canvas.sigmoid()                                           # eq. 3
             r = self.read(x, x_hat, h_dec)                                         # eq. 4
             h_enc, cell_enc = self.encoder(torch.cat([r, h_dec], 1), (h_enc, cell_enc))  # eq. 5
-            mu, logvar = self.posterior(h_enc).chunk(2, 1)                         # eqs. 1, 2
+            mu, logvar = self.posterior(h_enc).to(x.dtype).chunk(2, 1)             # eqs. 1, 2
             logvar = logvar.clamp(-14, 14)
-            mu_p, logvar_p = self.prior(h_dec).chunk(2, 1)
+            mu_p, logvar_p = self.prior(h_dec).to(x.dtype).chunk(2, 1)
             logvar_p = logvar_p.clamp(-14, 14)
             eps = torch.randn_like(mu)
             z = mu + (0.5 * logvar).exp() * eps                                    # eq. 6
@@ -169,16 +169,16 @@ class DRAW(nn.Module):
                 windows.append(self.write_window(h_dec))
         return (torch.stack(canvases), windows) if with_windows else torch.stack(canvases)
 
-def draw_pictures(canvases, windows, folder):
+def draw_pictures(canvases, windows, folder, most=10):
     """samples.png, a row per sample and a column per time step; drawing.gif, with write windows."""
     from torchvision import utils
     from torchvision.transforms.functional import to_pil_image
     steps, _, _, height, width = canvases.shape
     images = canvases.cpu().expand(-1, -1, 3, -1, -1)
     images = images.repeat_interleave(3, 3).repeat_interleave(3, 4)
-    rows = images[torch.linspace(0, steps - 1, min(10, steps)).long(), :10].transpose(0, 1)
+    rows = images[torch.linspace(0, steps - 1, min(10, steps)).long(), :most].transpose(0, 1)
     utils.save_image(rows.flatten(0, 1), folder / "samples.png", nrow=rows.shape[1])
-    for step, window in zip(images[:-1], windows):    # boxes through the outermost filters' centres
+    for step, window in zip(images[:-1], windows):    # roughly through the outermost filters
         centre, half = window[:, :2].cpu(), window[:, 3:4].cpu().exp()
         boxes = torch.cat([centre - half, centre + half], 1).clamp(-0.99, 0.99) * 1.5 + 1.5
         boxes = boxes * torch.tensor([width, height, width, height])
@@ -209,11 +209,11 @@ def main(argv=None):
             loss = (kl - log_px).mean()
             optimizer.zero_grad()
             loss.backward()
-            common.share_gradients(model, args)
+            common.share_gradients(model, args)    # under torchrun
             nn.utils.clip_grad_norm_(model.parameters(), 10.0)
             optimizer.step()
-            run.after_step(loss=loss, rec=-log_px, kl=kl)
-        if run.end_epoch(common.evaluate(run.average, x_valid, rows=1024)):
+            run.after_step(loss=loss, rec=-log_px, kl=kl)    # averages weights, keeps the figures
+        if run.end_epoch(common.evaluate(run.average, x_valid, rows=1024)):    # logs, saves
             draw_pictures(*run.average.sample(40, with_windows=True), run.dir)
 
     # test and pictures

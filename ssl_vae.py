@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "torchvision", "numpy", "matplotlib"]
+# dependencies = ["torch>=2.7", "torchvision", "numpy", "matplotlib"]
 # ///
 """Semi-supervised VAE: M2 (Kingma et al. 2014), and its auxiliary form (Maaloe et al. 2016).
 
@@ -123,8 +123,8 @@ class SSLVAE(nn.Module):
         z = mu + (0.5 * logvar).exp() * eps
         logits = self.dec(self.dec_z(z) + self.dec_y(y))
         log_px = (x.flatten(1) * logits + F.logsigmoid(-logits)).sum(-1)    # Bernoulli
-        kl = z**2 - eps**2 - logvar if sampled else mu**2 + logvar.exp() - 1 - logvar
-        bound = log_px - math.log(self.num_classes) - 0.5 * kl.sum(-1)
+        kl = 0.5 * (z**2 - eps**2 - logvar if sampled else mu**2 + logvar.exp() - 1 - logvar)
+        bound = log_px - math.log(self.num_classes) - kl.sum(-1)
         if self.auxiliary:    # + log p(a|z, y, x) - log q(a|x), whose constants cancel
             h = self.aux_x(x.flatten(1)) + self.aux_y(y) + self.aux_z(z)
             mu_a, logvar_a = self.p_a(h).chunk(2, -1)
@@ -176,13 +176,13 @@ def choose_labels(y, n, seed, num_classes=10):
 def scores(model, x, y, seed, samples=1):
     """Error on grey images in per cent; neg_elbo and nll of the binarised ones in nats."""
     import common
-    def bounds(x, view, k):
+    def bounds(x, view, k):    # evaluate's log_px, kl, log_w: U stands for log_px - kl
         u = model.unlabelled_bound(x, model.infer(view)).expand(k, -1)
         return u, torch.zeros_like(u), model.log_weights(x, k, view) if samples > 1 else u
     figures = common.evaluate(bounds, common.binarise(x, seed), x / 255, samples=samples, rows=512)
     wrong = torch.cat([model.classify(part / 255).argmax(1) for part in x.split(500)]) != y
     del figures["rec"], figures["kl"]
-    return {"error": 100 * wrong.double().mean().item(), **figures}
+    return {"error": 100 * wrong.float().mean().item(), **figures}
 
 def draw_pictures(model, x, folder):
     """samples.png: one row per label; analogies.png: grey images x, each redrawn as every label."""
@@ -236,7 +236,7 @@ def main(argv=None):
             loss = -u - weight * l + args.alpha * (ce + 0.3 * differ)
             optimizer.zero_grad()
             loss.backward()
-            common.share_gradients(model, args)
+            common.share_gradients(model, args)    # under torchrun
             nn.utils.clip_grad_norm_(model.parameters(), 100.0)
             optimizer.step()
             run.after_step(loss=loss, labelled=-l, unlabelled=-u, cross_entropy=ce, differ=differ)

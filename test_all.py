@@ -1,13 +1,12 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "torchvision", "numpy", "matplotlib"]
+# dependencies = ["torch>=2.7", "torchvision", "numpy", "matplotlib"]
 # ///
 """The tests: they need no network, and take about three minutes on two cores.
     python test_all.py                        # all of them; also: pytest test_all.py
     python test_all.py NAME [NAME ...]        # some of them
     python test_all.py speed                  # the table of training speeds
-    SEQVAE_DATA=DIR python test_all.py ...    # also with the MNIST, pendigits and speech in DIR
-    SEQVAE_KILLS=N python test_all.py ...     # kill every script N times, instead of one once
+    SEQVAE_DATA=DIR python test_all.py    # also on real data in DIR; SEQVAE_KILLS=N: more kills
 """
 import ast, contextlib, csv, functools, gzip, hashlib, http.server, importlib, inspect, io
 import itertools, json, math, multiprocessing, os, pty, random, re, resource, shlex, shutil, signal
@@ -67,8 +66,7 @@ SMALL = {"vae": "--hidden 16 --z-dim 4", "cvae": "--hidden 16 --z-dim 4",
          "draw": "--hidden 16 --z-dim 4 --glimpses 3",
          "cdraw": "--hidden 16 --z-dim 4 --glimpses 3",
          "vrnn": "--hidden 16 --features 16 --z-dim 4 --mixtures 2 --dataset glyphs"}
-def outcome(script, flags="", images=tiny_images):
-    """main() on a tiny set, as if in a process of its own: status and standard error."""
+def outcome(script, flags="", images=tiny_images):    # of main() on a tiny set: status, stderr
     flags = f"--batch-size 50 --test-samples 5 --device cpu {SMALL[script]} {flags}"
     common.Run.hint, err, status = "", io.StringIO(), 0
     with patched(common, "images", images), patched(vrnn, "glyph_strokes", tiny_strokes), \
@@ -85,12 +83,9 @@ def outcome(script, flags="", images=tiny_images):
 def train(script, flags="", images=tiny_images):
     status, error = outcome(script, flags, images)
     assert not status, error
-def read_json(path):
-    return json.loads(Path(path).read_text())
 def binary_images(pixels):
     return torch.tensor(list(itertools.product((0.0, 1.0), repeat=pixels))).view(-1, 1, 1, pixels)
-def draws(shape=(1, 4, 4), attentions=(True, False), **sizes):
-    """Each code path of DRAW and CDRAW: name, model, inputs."""
+def draws(shape=(1, 4, 4), attentions=(True, False), **sizes):    # each path: name, model, inputs
     torch.manual_seed(0)
     x, y = torch.rand(6, *shape).round(), torch.arange(6) % 3
     sizes = {"glimpses": 2, "read_size": 2, "write_size": 3, "z_dim": 3, "hidden": 5, **sizes}
@@ -101,8 +96,7 @@ def draws(shape=(1, 4, 4), attentions=(True, False), **sizes):
             for p in (m.start, m.prior.weight, m.prior.bias)[:3 if prior == "learned" else 1]:
                 nn.init.normal_(p, std=0.3)
             yield f"{type(m).__name__} {attention} {prior}", m, inputs
-def vrnns(stops=(False, True)):
-    """Each code path of the VRNN: name, model, inputs x (T, B, D), lengths, labels."""
+def vrnns(stops=(False, True)):    # each path: name, model, inputs x (T, B, D), lengths, labels
     lengths, y = torch.tensor([5, 3, 1, 4]), torch.tensor([0, 2, 1, 2])
     for likelihood, prior, z_dim, stop in itertools.product(
             ("bernoulli", "gaussian", "pen"), ("learned", "standard"), (2, 0), stops):
@@ -114,8 +108,7 @@ def vrnns(stops=(False, True)):
         binary = {"bernoulli": 0, "pen": 2, "gaussian": d}[likelihood]
         x[..., binary:] = (x[..., binary:] > 0).float()
         yield f"VRNN {likelihood} {prior} {z_dim} {stop}", m, (x, lengths, y)
-def models(ssl=False):
-    """Each code path of each class: name, model, inputs."""
+def models(ssl=False):    # each code path of each class: name, model, inputs
     torch.manual_seed(0)
     x, y = torch.rand(6, 1, 4, 4).round(), torch.arange(6) % 3
     for likelihood, channels in itertools.product(("bernoulli", "gaussian"), (None, (2, 3))):
@@ -132,8 +125,7 @@ def ssl_models(shape=(1, 4, 4)):
         torch.manual_seed(2)
         m = ssl_vae.SSLVAE(shape, 3, 3, auxiliary, hidden=(7, 5), channels=(2, 3, 4), a_dim=2)
         yield m.eval()
-class Bounds(nn.Module):
-    """An SSLVAE with its classifier and bounds as the terms, for tests of all models."""
+class Bounds(nn.Module):    # an SSLVAE whose classifier and bounds are the terms
     def __init__(self, m):
         super().__init__()
         self.m, self.sample = m, m.sample
@@ -181,8 +173,7 @@ def test_linear_gaussian_bound_is_exact():
     m.enc[0].bias.data = torch.cat([-var * (w.T @ b), var.log()])
     close(m(x)[2], MultivariateNormal(b, w @ w.T + torch.eye(5)).log_prob(x.flatten(1)), 1e-9)
 def total_probability(m, *inputs, k=10_000):
-    with torch.no_grad():
-        return common.log_mean_exp(m(*inputs, k=k)[2]).exp().sum()
+    return common.log_mean_exp(m(*inputs, k=k)[2].detach()).exp().sum()
 def test_probabilities_of_images_sum_to_one():
     torch.manual_seed(1)
     x, label = binary_images(4), torch.full((16,), 2)
@@ -444,11 +435,10 @@ def test_augmentation_keeps_the_picture():
     assert theta[:, :, 2].abs().max() <= 0.1
 
 # --------------------------------------------------------------------------------------------- runs
-def assert_equal_runs(a, b):
-    """Equal checkpoints, logs but for times, and test figures, to the bit."""
+def assert_equal_runs(a, b):    # checkpoints, logs but for times, and test figures, to the bit
     runs = []
     for name in (a, b):
-        state, results = load(f"{name}/checkpoint.pt"), read_json(f"{name}/results.json")
+        state, results = load(f"{name}/checkpoint.pt"), json.load(open(f"{name}/results.json"))
         rows = csv.DictReader(Path(name, "log.csv").read_text().splitlines())
         log = [[float(v) for k, v in r.items() if "second" not in k and k != "best"] for r in rows]
         runs.append([[state[k] for k in ("model", "weights", "average", "optimizer")], log,
@@ -462,8 +452,19 @@ def test_resume_at_an_epochs_end_is_exact():
             train(script, "--epochs 4 --resume parts")
             assert_equal_runs("whole", "parts")
             train(script, "--epochs 0 --resume parts --out-dir only")    # evaluates best.pt
-            figures = [read_json(f"{d}/results.json")["test_neg_elbo"] for d in ("parts", "only")]
-            assert figures[0] == figures[1], script
+            a, b = [json.load(open(f"{name}/results.json")) for name in ("parts", "only")]
+            assert a["test_neg_elbo"] == b["test_neg_elbo"], script
+def test_resume_overwrites_no_results_and_mixes_no_data():
+    with folder():
+        train("vae", "--epochs 1 --out-dir a")
+        results = Path("a/results.json").read_bytes()
+        train("vae", "--epochs 0 --resume a/checkpoint.pt --test-samples 2")
+        assert Path("a/results.json").read_bytes() == results and Path("out/vae-1").exists()
+        with patched(common, "evaluate", lambda *_, **__: {"neg_elbo": 1e9}):
+            train("vae", "--epochs 2 --resume a --out-dir b")    # no epoch of b is the best
+        identical(load("b/best.pt")["model"], load("a/best.pt")["model"])
+        other = lambda _: tiny_images(data_args("x"))    # leaves --dataset as it is
+        assert "trained on glyphs" in outcome("vae", "--resume b --dataset mnist", other)[1]
 def start(script, flags):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*SCRIPTS, "torchvision.utils", "matplotlib.figure"])
@@ -608,7 +609,7 @@ def test_every_script_and_path_as_a_user_runs_it():
                             "draw": "drawing.gif", "cdraw": "drawing.gif"}.get(script, "log.csv")
                 for name in ("checkpoint.pt", "best.pt", "log.csv", "samples.png", pictures):
                     assert Path(f"{script}{i}", name).stat().st_size > 0, (script, name)
-                result = read_json(f"{script}{i}/results.json")
+                result = json.load(open(f"{script}{i}/results.json"))
                 assert not set(needed.split()) - set(result) and result["epochs"] == 1, script
                 assert script != "ssl_vae" or 0 <= result["test_error"] + result["val_error"] <= 200
 def test_help_and_misspelt_flags_answer_at_once():
@@ -704,7 +705,7 @@ def test_bad_input_gets_one_line_and_status_2():
 # --------------------------------------------------------------------------------------------- data
 def data_args(dataset, data_dir="none"):
     return SimpleNamespace(dataset=dataset, data_dir=str(data_dir), device="cpu", dry_run=False,
-                           batch_size=9, conditional=True, run=SimpleNamespace(note=""))
+                           batch_size=9, conditional=True, run=SimpleNamespace(note="", saved=None))
 def sizes(data):
     parts = data.train, data.valid, data.test
     return [len(p.lengths if isinstance(p, vrnn.Sequences) else p[0]) for p in parts]
@@ -798,11 +799,10 @@ def test_real_data():
     with folder(), contextlib.redirect_stdout(io.StringIO()):
         vae.main(["--dataset", "mnist", "--data-dir", REAL, "--epochs", "1", "--hidden", "64",
                   "--test-samples", "1", "--device", "cpu"])
-        assert 100 < read_json("out/vae-1/results.json")["test_neg_elbo"] < 200
+        assert 100 < json.load(open("out/vae-1/results.json"))["test_neg_elbo"] < 200
 
 # -------------------------------------------------------------------------------- running the tests
-def speed(steps=30):
-    """Print a table of training steps at default sizes, and the speed of a product of matrices."""
+def speed(steps=30):    # prints a table of training steps at default sizes
     def after_step(run, **_):
         done.append((time.perf_counter(), run.args.batch_size))
         if len(done) > steps:

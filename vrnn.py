@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "torchvision", "numpy", "matplotlib"]
+# dependencies = ["torch>=2.7", "torchvision", "numpy", "matplotlib"]
 # ///
 """VRNN (Chung et al. 2015, "A Recurrent Latent Variable Model for Sequential Data").
 
@@ -19,16 +19,15 @@ was the last. The bound, now of log p(x, length), gains log(1 - s(h_t)) for t < 
     python vrnn.py                                   # MNIST rows; 7 epochs, batches of 128
     python vrnn.py --dataset speech --conditional    # 60 epochs, batches of 32
     python vrnn.py --dataset pendigits --conditional --digits 2718    # 30 epochs, batches of 48
-Measured on MNIST rows, seed 0, --epochs 10: test -ELBO 81.77 nats, 42 minutes on one core (an
-earlier revision). Deviations from the paper: a GRU, not an LSTM; SiLU; learned h_0; one set of
-layer sizes; uniform noise, one unit wide, on recorded integers; speech as the orthonormal cosine
-transform of its frames; limits on log variances, correlations and gradients; averaged weights.
+Measured (an earlier revision), rows, --epochs 10: test -ELBO 81.77 nats, 42 minutes on one core.
+Deviations from the paper: GRU; SiLU; learned h_0; uniform noise one unit wide on recorded integers;
+speech by cosine transforms; limited log variances, correlations and gradients; averaged weights.
 """
 
 def flags():
     import common  # here, not above: a copied class needs torch alone
-    p = common.parser("vrnn", __doc__, epochs=None, batch_size=None, lr=4e-3, test_samples=10,
-                      datasets=("pendigits", "iam-ondb", "speech", "wav"))
+    sets = ("pendigits", "iam-ondb", "speech", "wav")
+    p = common.parser("vrnn", __doc__, None, None, lr=4e-3, test_samples=10, datasets=sets)
     p.add_argument("--z-dim", type=common.at_least(0), default=48, help="size of z_t; 0: the RNN")
     p.add_argument("--hidden", type=common.at_least(1), default=384, help="units of the GRU")
     p.add_argument("--features", type=common.at_least(1), default=256, help="units of other layers")
@@ -36,7 +35,7 @@ def flags():
     p.add_argument("--mixtures", type=common.at_least(1), help="components; None: pen 20, else 1")
     p.add_argument("--conditional", action="store_true", help="given the label")
     p.add_argument("--digits", help="labels to sample, such as 2718, one row each; None: all")
-    p.add_argument("--temperature", type=common.at_least(1e-6, float), default=1.0, help="samples'")
+    p.add_argument("--temperature", type=common.at_least(1e-6, float), default=1.0, help="1: model")
     return p
 
 if __name__ == "__main__":
@@ -158,7 +157,7 @@ class VRNN(nn.Module):
         return torch.cat([x, torch.bernoulli((up / temperature).sigmoid())], 1)
 
     @torch.no_grad()
-    def sample(self, steps, n=None, y=None, temperature=1.0):
+    def sample(self, steps, n=1, y=None, temperature=1.0):
         """n sequences, or one per label of y (B,), of at most `steps` steps: x (T, B, D), lengths.
         temperature scales standard deviations of z and x and divides logits; 1 is the model's."""
         label = self.embed(y, n)
@@ -188,8 +187,7 @@ class Sequences:
     def batches(self, order):
         """x (T, B, D), lengths, y for each row of order (steps, B), without waiting for a GPU."""
         lengths = self.lengths[order]
-        longest = (lengths.amax(1) + 7) // 8 * 8    # rounded up: freed memory is used again
-        longest = longest.clamp(max=int(self.lengths.max()))
+        longest = ((lengths.amax(1) + 7) // 8 * 8).clamp(max=self.lengths.max())    # few sizes
         for index, n, steps in zip(order.to(self.ends), lengths.to(self.ends), longest.tolist()):
             t = torch.arange(steps, device=n.device)[:, None]
             at = torch.where(t < n, self.ends[index] - n + t, 0)    # padding: any frame
@@ -212,14 +210,16 @@ def read_data(args):
         common.fail(error)
     if not all(parts):
         common.fail(f"{args.data_dir}: {[*map(len, parts)]} sequences to train, validate and test")
-    names = sorted({label for part in parts for _, label in part})
-    names = [] if "" in names else names
+    labels = {label for part in parts for _, label in part}
+    names = [] if "" in labels else sorted(labels)
     n = (args.batch_size or 32) if args.dry_run else None
     train, valid, test = [Sequences(p[:n], args.device, args.conditional and names) for p in parts]
-    columns = 2 if kind == "pen" else None    # not pen-up
-    scale = 1.0 if kind == "rows" else float(train.frames[:, :columns].square().mean().sqrt()) or 1
-    for part in (train, valid, test) if kind != "rows" else ():
-        part.frames[:, :columns] /= scale
+    scale, columns = 1.0, 2 if kind == "pen" else None    # not pen-up
+    if kind != "rows":
+        scale = float(train.frames[:, :columns].square().mean().sqrt()) or 1.0
+        scale = args.run.saved["scale"] if args.run.saved else scale    # a resumed model's own
+        for part in (train, valid, test):
+            part.frames[:, :columns] /= scale
     return types.SimpleNamespace(train=train, valid=valid, test=test, kind=kind, scale=scale,
                                  unit=float(kind != "rows"), rate=8000, classes=names)
 
@@ -401,7 +401,7 @@ def main(argv=None):
     classes = len(data.classes) if args.conditional else 0
     labels = "0123456789"[:classes]
     if (args.conditional and not classes) or not set(args.digits or "") <= set(labels):
-        common.fail(f"--conditional needs labels; --digits needs it, and digits of '{labels}'")
+        common.fail(f"--conditional needs labels; --digits needs it, and some of '{labels}'")
     digits = args.digits or labels or "0123456789"
     args.run.about = {k: vars(data)[k] for k in ("kind", "scale", "unit", "rate", "classes")}
     likelihood, *defaults = {"rows": ("bernoulli", 1, 7, 128), "pen": ("pen", 20, 30, 48),
@@ -434,10 +434,10 @@ def main(argv=None):
             loss = (kl - log_px).mean()
             optimizer.zero_grad()
             loss.backward()
-            common.share_gradients(model, args)
+            common.share_gradients(model, args)    # under torchrun
             nn.utils.clip_grad_norm_(model.parameters(), 100.0)
             optimizer.step()
-            run.after_step(loss=loss, rec=-log_px, kl=kl)
+            run.after_step(loss=loss, rec=-log_px, kl=kl)    # averages weights, keeps the figures
         if run.end_epoch(evaluate(run.average, data.valid)):
             pictures(run.average)
     # test and pictures
