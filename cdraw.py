@@ -100,6 +100,8 @@ class CDRAW(nn.Module):
         nn.init.normal_(self.encoder.weight_ih[:, :reads], std=reads**-0.5)    # r counts
         nn.init.ones_(self.encoder.bias_ih[hidden:2 * hidden])    # open forget gates (i, f, g, o)
         nn.init.ones_(self.decoder.bias_ih[hidden:2 * hidden])
+        nn.init.zeros_(self.encoder.weight_ih[:, -num_classes:])    # labels change nothing at first
+        nn.init.zeros_(self.decoder.weight_ih[:, -num_classes:])
         nn.init.zeros_(self.prior.weight)
         nn.init.zeros_(self.prior.bias)
         if attention:

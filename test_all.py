@@ -647,7 +647,7 @@ def test_a_copied_class_needs_torch_alone():
             m, losses = content[script.upper().replace("_", "")](), []
             m, given = Bounds(m) if script == "ssl_vae" else m, inputs.get(script, (x,))
             optimizer = torch.optim.Adam(m.parameters(), 5e-3)
-            for _ in range(8):
+            for _ in range(25):
                 losses.append(-m(*given)[2].mean())
                 optimizer.zero_grad()
                 losses[-1].backward()
