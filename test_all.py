@@ -647,12 +647,12 @@ def test_a_copied_class_needs_torch_alone():
             m, losses = content[script.upper().replace("_", "")](), []
             m, given = Bounds(m) if script == "ssl_vae" else m, inputs.get(script, (x,))
             optimizer = torch.optim.Adam(m.parameters(), 5e-3)
-            for _ in range(25):
+            for _ in range(12):
                 losses.append(-m(*given)[2].mean())
                 optimizer.zero_grad()
                 losses[-1].backward()
                 optimizer.step()
-            assert losses[-1] < losses[0] - 3, (script, losses)
+            assert min(losses[6:]) < losses[0] - 3, (script, losses)
             drawn = m.sample(6, 4)[0] if script == "vrnn" else m.sample(*given[1:] or [4])
             assert not drawn.requires_grad and drawn.shape[-1] == 28, script
 # script | flags; flags | what the line must say, if not the name of the last flag
