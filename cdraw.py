@@ -10,14 +10,12 @@
                  h_enc_t = LSTM([r_t, h_dec_{t-1}, y], h_enc_{t-1})
                  q(z_t|x, y, z_{<t}) = N(mu(h_enc_t), diag sigma(h_enc_t)^2)
     bound        log p(x|y) >= E_q[log p(x|z, y) - sum_t KL(q(z_t|x, y, z_{<t}) || p(z_t))]
-
 With --prior learned, p(x, z|y) = p(x|z, y) prod_t p(z_t|z_{<t}, y): in the bound,
 p(z_t|z_{<t}, y) = N(mu_p(h_dec_{t-1}), diag sigma_p(h_dec_{t-1})^2) takes the place of p(z_t). The
 label reaches it through h_dec_{t-1}, for t > 1. Equation numbers below are those of the paper.
 
     python cdraw.py
-    python cdraw.py --epochs 0 --resume out/cdraw-1 --digits 3141592    # draw these, one per row
-
+    python cdraw.py --resume out/cdraw-1 --sample 8 --digits 31415926    # draw these; no data
 Measured, MNIST, seed 0: with --batch-size 100 --epochs 20 the test -ELBO is 81.47 nats, after 70
 minutes on one core (an earlier revision of this model, to be run again).
 Deviations from the paper: the label, a one-hot vector, and those of draw.py.
@@ -33,6 +31,7 @@ def flags():
     p.add_argument("--prior", choices=("standard", "learned"), default="standard", help="of z_t")
     p.add_argument("--z-dim", type=common.at_least(1), default=100, help="size of z_t")
     p.add_argument("--hidden", type=common.at_least(1), default=256, help="units of each LSTM")
+    p.add_argument("--temperature", type=common.at_least(0, float), default=1.0, help="1: model")
     p.add_argument("--digits", help="draw these, such as 3141592; None: every label")
     return p
 
@@ -201,9 +200,13 @@ def main(argv=None):
     args = common.parse(p, argv)
     if not (args.digits or "0").isdecimal():
         p.error(f"--digits {args.digits}: must be digits, such as 3141592")
+    digits = [int(d) for d in args.digits or "0123456789"]
+    if args.sample:    # needs no data
+        model, folder = common.trained(args, CDRAW)
+        y = torch.tensor((digits * args.sample)[:args.sample], device=args.device)
+        return draw_pictures(*model.sample(y, args.temperature, True), folder)
     data = common.images(args)
-    most = len(args.digits or "0123456789")    # rows of the picture
-    digits = torch.tensor([int(d) for d in args.digits or 4 * "0123456789"], device=args.device)
+    drawn = torch.tensor(digits if args.digits else 4 * digits, device=args.device)
     model_args = dict(shape=data.shape, num_classes=data.num_classes)
     model_args["attention"] = not args.no_attention
     for name in ("glimpses", "read_size", "write_size", "prior", "z_dim", "hidden"):
@@ -225,13 +228,13 @@ def main(argv=None):
             optimizer.step()
             run.after_step(loss=loss, rec=-log_px, kl=kl)    # averages weights, keeps the figures
         if run.end_epoch(common.evaluate(run.average, x_valid, y_valid, rows=1024)):
-            draw_pictures(*run.average.sample(digits, with_windows=True), run.dir, most)
+            draw_pictures(*run.average.sample(drawn, args.temperature, True), run.dir, len(digits))
 
     # test and pictures
     model = run.best_model()
     x_test, y_test = common.binarise(data.test[0], seed=2), data.test[1]
     run.finish(common.evaluate(model, x_test, y_test, samples=args.test_samples, rows=1024))
-    draw_pictures(*model.sample(digits, with_windows=True), run.dir, most)
+    draw_pictures(*model.sample(drawn, args.temperature, True), run.dir, len(digits))
 
 if __name__ == "__main__":
     main()

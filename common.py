@@ -1,7 +1,6 @@
 """What the scripts share. They import it inside functions: a copied class needs torch alone."""
 import argparse, atexit, contextlib, copy, io, json, math, os, socket, statistics, sys, time
 from pathlib import Path
-from types import SimpleNamespace
 
 class Lazy:    # importing torch takes seconds, and --help should not
     def __getattr__(self, name):
@@ -32,10 +31,9 @@ def at_least(low, kind=int):
 
 def parser(script, doc, epochs, batch_size, lr, test_samples, datasets=()):
     """The flags of every script; the defaults are the script's own."""
-    class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        pass
+    bases = argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
     p = argparse.ArgumentParser(f"{script}.py", "%(prog)s [flags]; --help lists them", doc,
-                                formatter_class=Help, allow_abbrev=False)
+                                formatter_class=type("Help", bases, {}), allow_abbrev=False)
     add, sets = p.add_argument, ("mnist", "fashion-mnist", "kmnist", "glyphs", *datasets)
     add("--dataset", choices=sets, help="None: mnist if it can be had, else glyphs")
     add("--data-dir", default="data", help="where data sets are, or are downloaded to")
@@ -46,6 +44,7 @@ def parser(script, doc, epochs, batch_size, lr, test_samples, datasets=()):
     add("--seed", type=at_least(0), default=0, help="seed of weights, noise and order")
     add("--device", default="auto", help="auto takes an accelerator if there is one, else cpu")
     add("--resume", metavar="PATH", help="continue from a checkpoint or a run's folder")
+    add("--sample", type=at_least(1), metavar="N", help="draw N samples of --resume, and stop")
     add("--dry-run", action="store_true", help="one batch of everything, to see it work")
     add("--test-samples", type=at_least(1), default=test_samples, help="importance samples, test")
     return p
@@ -54,11 +53,10 @@ def parse(p, argv=None):
     """Parse; take the checkpoint's flags where none are given; choose device and seed."""
     sys.excepthook = last_words
     args = p.parse_args(argv)
-    run = SimpleNamespace(script=Path(p.prog).stem, saved=None, rank=0, world=1, note="", about={})
+    run = argparse.Namespace(script=p.prog[:-3], saved=None, rank=0, world=1, note="", about={})
     if args.resume:
         path = Path(args.resume).expanduser()
-        if path.is_dir():
-            path /= "best.pt" if args.epochs == 0 else "checkpoint.pt"
+        path = path / "checkpoint.pt" if path.is_dir() else path
         try:
             run.saved = {**torch.load(path, map_location="cpu", weights_only=True), "path": path}
             if run.saved["script"] != run.script:
@@ -78,13 +76,10 @@ def parse(p, argv=None):
             torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
             run.rank, run.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
             atexit.register(torch.distributed.destroy_process_group)
-        a = torch.rand(64, 64, device=args.device).cpu()
+        torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device} can't be used, try auto: {error}")
-    torch.backends.cudnn.allow_tf32 = False    # all products are in float32; "medium" takes a
-    torch.set_float32_matmul_precision("medium" if args.device == "cpu" else "highest")
-    if (a @ a - a.double() @ a.double()).abs().max() > 1e-4:    # faster library, or bfloat16
-        torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False    # convolutions in float32, as products are
     torch.set_flush_denormal(True)    # tiny numbers would slow a CPU several times
     torch.manual_seed(args.seed)
     return argparse.Namespace(**vars(args), run=run)
@@ -110,7 +105,6 @@ def images(args):
             print(args.run.note, flush=True)
             name = "glyphs"
         finally:
-            socket.setdefaulttimeout(None)
             with contextlib.suppress(OSError):    # leave no empty folder of torchvision's
                 for path in new:
                     path.rmdir()
@@ -119,7 +113,8 @@ def images(args):
         parts = [(x[a:b], y[a:b]) for a, b in ((4000, None), (0, 2000), (2000, 4000))]
     args.dataset, n = name, args.batch_size if args.dry_run else None
     train, valid, test = [(x[:n].to(args.device), y[:n].to(args.device)) for x, y in parts]
-    return SimpleNamespace(train=train, valid=valid, test=test, shape=(1, 28, 28), num_classes=10)
+    sizes = dict(shape=(1, 28, 28), num_classes=10)
+    return argparse.Namespace(train=train, valid=valid, test=test, **sizes)
 
 def glyph_fonts():
     """Those of matplotlib's own fonts that have usual digits, as file names."""
@@ -177,8 +172,7 @@ def log_mean_exp(log_w, dim=0):
     return log_w.logsumexp(dim) - math.log(log_w.shape[dim])
 
 def evaluate(model, *tensors, samples=1, rows=4096):
-    """Mean neg_elbo, rec, kl and, for samples > 1, nll = -log p(x) by importance sampling, in nats.
-    model(*tensors, k=k) -> log_px, kl, log_w, each (k, B); `rows` samples are decoded at once."""
+    """Means in nats of -ELBO, its parts, and, if samples > 1, -log p(x); `rows` samples at once."""
     torch.manual_seed(0)    # the same noise at every call
     k, sums = min(samples, 64, rows), []
     for batch in zip(*(t.split(rows // k) for t in tensors)):
@@ -193,15 +187,32 @@ def share_gradients(model, args):
     """Under torchrun, give every process the mean of all processes' gradients."""
     if args.run.world > 1:
         grads = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads]) / args.run.world
+        flat = torch.nn.utils.parameters_to_vector(grads) / args.run.world
         torch.distributed.all_reduce(flat)
-        for g, mean in zip(grads, flat.split([g.numel() for g in grads])):
-            g.copy_(mean.view_as(g))
+        torch.nn.utils.vector_to_parameters(flat, grads)
 
 def write(path, content):
     """Write bytes to a temporary file, then rename it: half a file never bears its name."""
     path.with_name(path.name + ".tmp").write_bytes(content)
     os.replace(path.with_name(path.name + ".tmp"), path)
+
+def new_folder(args):
+    """Make args.out_dir, which must not exist, or the first free out/SCRIPT-N."""
+    for n in range(1, 10**9):
+        folder = Path(args.out_dir or f"out/{args.run.script}-{n}").expanduser()
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            print(f"writing to {folder}", flush=True)
+            return folder
+        if args.out_dir:
+            fail(f"{folder} exists; choose another --out-dir, or --resume {folder}")
+
+def trained(args, kind):
+    """For --sample: the model of --resume, and a new folder for its pictures."""
+    saved = args.run.saved or fail("--sample needs --resume PATH")
+    model = kind(**saved["model_args"]).to(args.device).eval().requires_grad_(False)
+    model.load_state_dict(saved["model"])
+    return model, new_folder(args)
 
 class Run:
     """A run's files, and weights averaged with the profile t^12 (Karras et al. 2024, sec. 3.1)."""
@@ -224,21 +235,10 @@ class Run:
         self.epoch = len(self.rows)
         self.began = time.time() - sum(row["seconds"] for row in self.rows[-1:])
         if args.run.rank == 0:    # one process writes
-            self.dir = self.claim(saved["path"] if saved else Path())
-            print(f"{self.facts}\nwriting to {self.dir}", flush=True)
-
-    def claim(self, source):
-        """A new folder; but a run that is continued from its checkpoint.pt keeps its own."""
-        if source.name == "checkpoint.pt" and not (self.args.out_dir or self.args.dry_run):
-            if self.args.epochs > self.epoch or not source.with_name("results.json").exists():
-                return source.parent
-        for n in range(1, 10**9):
-            folder = Path(self.args.out_dir or f"out/{self.args.run.script}-{n}").expanduser()
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir(parents=True)
-                return folder
-            if self.args.out_dir:
-                fail(f"{folder} exists; choose another --out-dir, or --resume {folder}")
+            print(self.facts, flush=True)
+            old = saved["path"] if saved and not (args.out_dir or args.dry_run) else Path()
+            open_end = args.epochs > self.epoch or not (old.parent / "results.json").exists()
+            self.dir = old.parent if old.name == "checkpoint.pt" and open_end else new_folder(args)
 
     def after_step(self, **figures):
         """Average the weights; keep the step's mean figures on the device."""

@@ -17,7 +17,7 @@ p(z_t|z_{<t}) = N(mu_p(h_dec_{t-1}), diag sigma_p(h_dec_{t-1})^2) takes the plac
     python draw.py
     python draw.py --glimpses 64 --read-size 2 --write-size 5    # the paper's sizes
     python draw.py --epochs 0 --resume out/draw-1                # test and draw only
-
+    python draw.py --sample 8 --resume out/draw-1                # draw only; needs no data
 Measured, MNIST, seed 0: `python draw.py` reaches a test -ELBO of 83.52 nats in 53 minutes on two
 cores (an earlier revision of this model, to be run again).
 
@@ -36,6 +36,7 @@ def flags():
     p.add_argument("--prior", choices=("standard", "learned"), default="standard", help="of z_t")
     p.add_argument("--z-dim", type=common.at_least(1), default=100, help="size of z_t")
     p.add_argument("--hidden", type=common.at_least(1), default=256, help="units of each LSTM")
+    p.add_argument("--temperature", type=common.at_least(0, float), default=1.0, help="1: model")
     return p
 
 if __name__ == "__main__":
@@ -193,6 +194,9 @@ def main(argv=None):
 
     # flags, data and model
     args = common.parse(flags(), argv)
+    if args.sample:    # needs no data
+        model, folder = common.trained(args, DRAW)
+        return draw_pictures(*model.sample(args.sample, args.temperature, True), folder)
     data = common.images(args)
     model_args = dict(shape=data.shape, attention=not args.no_attention)
     for name in ("glimpses", "read_size", "write_size", "prior", "z_dim", "hidden"):
@@ -214,13 +218,13 @@ def main(argv=None):
             optimizer.step()
             run.after_step(loss=loss, rec=-log_px, kl=kl)    # averages weights, keeps the figures
         if run.end_epoch(common.evaluate(run.average, x_valid, rows=1024)):    # logs, saves
-            draw_pictures(*run.average.sample(40, with_windows=True), run.dir)
+            draw_pictures(*run.average.sample(40, args.temperature, True), run.dir)
 
     # test and pictures
     model = run.best_model()
     x_test = common.binarise(data.test[0], seed=2)
     run.finish(common.evaluate(model, x_test, samples=args.test_samples, rows=1024))
-    draw_pictures(*model.sample(40, with_windows=True), run.dir)
+    draw_pictures(*model.sample(40, args.temperature, True), run.dir)
 
 if __name__ == "__main__":
     main()

@@ -184,14 +184,16 @@ def scores(model, x, y, seed, samples=1):
     del figures["rec"], figures["kl"]
     return {"error": 100 * wrong.float().mean().item(), **figures}
 
-def draw_pictures(model, x, folder):
+def draw_pictures(model, x, folder, most=10):
     """samples.png: one row per label; analogies.png: grey images x, each redrawn as every label."""
     from torchvision.utils import save_image
     torch.manual_seed(0)
-    labels = torch.arange(model.num_classes, device=x.device)
-    style = model.encode(x, model.classify(x).argmax(1), model.auxiliaries(x, False)[0])[0]
-    pictures = {"samples": [model.sample(labels) for _ in range(10)],
-                "analogies": [x] + [model.sample(y.expand(len(x)), style) for y in labels]}
+    labels = torch.arange(model.num_classes, device=model.head.weight.device)
+    pictures = {"samples": [model.sample(labels) for _ in range(most)]}
+    if x is not None:
+        style = model.encode(x, model.classify(x).argmax(1), model.auxiliaries(x, False)[0])[0]
+        redrawn = [model.sample(y.expand(len(x)), style) for y in labels]
+        pictures["analogies"] = [x, *redrawn]
     for name, columns in pictures.items():
         grid = torch.stack(columns, 1).flatten(0, 1).repeat_interleave(3, 2).repeat_interleave(3, 3)
         save_image(grid, folder / f"{name}.png", nrow=len(columns), padding=2)
@@ -201,6 +203,9 @@ def main(argv=None):
     # flags, data and model
     p = flags()
     args = common.parse(p, argv)
+    if args.sample:    # needs no data
+        model, folder = common.trained(args, SSLVAE)
+        return draw_pictures(model, None, folder, math.ceil(args.sample / model.num_classes))
     data = common.images(args)
     x, y = data.train
     classes = data.num_classes

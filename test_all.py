@@ -34,7 +34,6 @@ no_noise = functools.partial(mock.patch.multiple, torch, randn=torch.zeros,
                              randn_like=torch.zeros_like)
 load = functools.partial(torch.load, weights_only=True)
 identical = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
-
 # ------------------------------------------------------------------------------------------ helpers
 def close(a, b, tol=1e-5):
     a, b = [torch.as_tensor(v, dtype=torch.float64) for v in (a, b)]
@@ -135,7 +134,6 @@ def sample(m, inputs):
     if isinstance(m, vrnn.VRNN):
         return m.sample(4, y=inputs[2])[0]
     return m.sample(inputs[1] if len(inputs) > 1 else 6)
-
 # ------------------------------------------------------------------------ the bound, in every model
 def test_kl_equals_torch_distributions_and_monte_carlo():
     torch.manual_seed(0)
@@ -255,7 +253,6 @@ def test_every_model_in_float64_and_bfloat16_and_at_extremes():
             sum(t.sum() for t in terms).backward()
             grads = [p.grad for p in m.parameters() if p.grad is not None]
             assert all(t.isfinite().all() for t in (*terms, *grads, sample(m, inputs))), name
-
 # --------------------------------------------------------------------------------------------- DRAW
 def test_filterbank_has_the_centre_stride_and_variance_asked_for():
     height, width, n = 40, 60, 5
@@ -318,7 +315,6 @@ def test_draw_and_cdraw_share_their_attention_to_the_letter():
         ours = functools.reduce(getattr, name.split("."), draw)
         theirs = functools.reduce(getattr, name.replace("DRAW", "CDRAW").split("."), cdraw)
         assert inspect.getsource(ours) == inspect.getsource(theirs), name
-
 # --------------------------------------------------------------------------------------------- VRNN
 def test_vrnn_priors_see_the_past_alone_and_the_last_step_reaches_the_first():
     for name, m, (x, _, y) in vrnns(stops=(False,)):
@@ -371,7 +367,6 @@ def test_vrnn_draws_what_its_density_says_and_ends_by_itself():
         x, lengths = m.sample(6, y=torch.arange(300) % 3)
         assert (x[torch.arange(6)[:, None] >= lengths] == 0).all() and x.isfinite().all(), name
         assert len(lengths.unique()) == (1 if m.end is None else 6) and lengths.max() == 6, name
-
 # ---------------------------------------------------------------------------- labels and conditions
 def test_m2_sum_over_y_is_the_brute_force():
     x = torch.rand(6, 1, 4, 4).round()
@@ -433,7 +428,6 @@ def test_augmentation_keeps_the_picture():
     mass = ssl_vae.warp(x, theta).sum((1, 2, 3)) * theta[:, :, :2].det()
     assert ((mass / 48 - 1).abs() < 0.15).all() and theta.std(0).min() > 0.03
     assert theta[:, :, 2].abs().max() <= 0.1
-
 # --------------------------------------------------------------------------------------------- runs
 def assert_equal_runs(a, b):    # checkpoints, logs but for times, and test figures, to the bit
     runs = []
@@ -577,7 +571,6 @@ def test_two_processes_share_gradients_and_nothing_else():
         noise.append(torch.rand(9))
     assert sorted(parts) == list(range(200)), "a batch is not divided between the processes"
     assert not torch.equal(*noise[:2]) and not torch.equal(*noise[2:]), "both draw the same noise"
-
 # -------------------------------------------------------------------------------- as a user runs it
 PATHS = {"vae": ["", "--likelihood gaussian --z-dim 2", "--channels 2 3 --iw 3"],
          "cvae": ["", "--condition quadrants --quadrants 2", "--condition quadrants --z-dim 0"],
@@ -603,8 +596,13 @@ def test_every_script_and_path_as_a_user_runs_it():
         for (script, paths), (error, status) in zip(PATHS.items(), pool.map(first, PATHS)):
             assert status == 0, error
             for i, path in enumerate(paths):
+                out = f"{script}{i}"
                 if i:    # in this process: importing torch is slow
                     train(script, f"{path} --dry-run --out-dir {script}{i}")
+                if "quadrants" not in path:
+                    with patched(vrnn, "read_data", None):    # samples need no data
+                        train(script, f"--resume {out} --sample 12 --out-dir s/{out}", None)
+                    assert Path(f"s/{out}/samples.png").stat().st_size > 0, out
                 pictures = {"vae": "interpolation.png", "ssl_vae": "analogies.png",
                             "draw": "drawing.gif", "cdraw": "drawing.gif"}.get(script, "log.csv")
                 for name in ("checkpoint.pt", "best.pt", "log.csv", "samples.png", pictures):
@@ -661,6 +659,7 @@ vae | --z-dim 0; --hidden 0; --channels 3; --test-samples 0; --likelihood x; --d
 vae | --iw 0; --device abacus; --device cuda:99; --resume none.pt; --resume run/log.csv
 vae | --resume cut.pt; --resume dict.pt; --resume code.pt; --out-dir run; --out-dir empty
 vae | --out-dir cut.pt/deep | Not a directory
+vae | --sample 3 | needs --resume
 vae | --resume run --z-dim 7 | 'z_dim': 4
 vae | --data-dir bad --dataset mnist; --data-dir bad | bad/MNIST
 cvae | --quadrants 4; --z-dim -1; --condition text; --resume run
@@ -701,7 +700,6 @@ def test_bad_input_gets_one_line_and_status_2():
                 last, expected = error.splitlines()[-1], text or re.findall("--[a-z-]+", flags)
                 assert expected[-1] in last and last.startswith(f"{script}.py: "), (flags, error)
         assert files == {p: p.is_file() and p.read_bytes() for p in here.rglob("*")}
-
 # --------------------------------------------------------------------------------------------- data
 def data_args(dataset, data_dir="none"):
     return SimpleNamespace(dataset=dataset, data_dir=str(data_dir), device="cpu", dry_run=False,
@@ -800,7 +798,6 @@ def test_real_data():
         vae.main(["--dataset", "mnist", "--data-dir", REAL, "--epochs", "1", "--hidden", "64",
                   "--test-samples", "1", "--device", "cpu"])
         assert 100 < json.load(open("out/vae-1/results.json"))["test_neg_elbo"] < 200
-
 # -------------------------------------------------------------------------------- running the tests
 def speed(steps=30):    # prints a table of training steps at default sizes
     def after_step(run, **_):

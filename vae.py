@@ -136,13 +136,15 @@ class VAE(nn.Module):
         return self.decode(z.to(next(self.parameters())))
 
 @torch.no_grad()
-def draw_pictures(model, x, folder):
-    """Samples, reconstructions of x (B, C, H, W), interpolations; the plane of a z of size 2."""
+def draw_pictures(model, x, folder, n=100):
+    """n samples; if there is x (B, C, H, W), reconstructions, interpolations, a 2-d z's plane."""
     from torchvision.utils import save_image
     def save(name, images, columns):
         images = images.clamp(0, 1).repeat_interleave(3, 2).repeat_interleave(3, 3)
         save_image(images, folder / f"{name}.png", nrow=columns, padding=2)
-    save("samples", model.sample(100), 10)
+    save("samples", model.sample(n), 10)
+    if x is None:
+        return
     mu, _ = model.encode(torch.cat([x[:20], x[:1]])[:20])    # at least two
     save("reconstructions", torch.cat([x[:10], model.decode(mu[:10])]), 10)
     weight = torch.linspace(0, 1, 10, device=x.device)[:, None]
@@ -157,6 +159,9 @@ def main(argv=None):
 
     # flags, data and model
     args = common.parse(flags(), argv)
+    if args.sample:    # needs no data
+        model, folder = common.trained(args, VAE)
+        return draw_pictures(model, None, folder, args.sample)
     data = common.images(args)
     model_args = dict(shape=data.shape, hidden=args.hidden, z_dim=args.z_dim,
                       likelihood=args.likelihood, channels=args.channels)
