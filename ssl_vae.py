@@ -13,10 +13,10 @@
     with --auxiliary   q(a|x), q(y|a, x), q(z|a, y, x): L gains log p(a|z, y, x) - log q(a|x)
 
     python ssl_vae.py --labels 100    # also with --auxiliary, --supervised-only or --no-augment
-    python ssl_vae.py --epochs 0 --resume out/ssl_vae-1    # test and draw only
+    python ssl_vae.py --epochs 0 --resume out/ssl_vae-1    # test and draw; or draw: --sample 50
 
-Measured, MNIST, mean of three seeds, 8 to 14 minutes on one core: a test error of 0.67, 0.76 and
-1.18 % with 10,000, 1,000 and 100 labels (an earlier revision of this model, to be run again).
+Measured, MNIST, 100 labels, seeds 0, 1, 2: `--labels 100 --test-samples 1` has a test error of
+1.11 +- 0.12 % (torch 2.14, 21 minutes on one slow core).
 
 Deviations from the papers: L and U have the opposite sign there. q(y|x) is a convolutional network
 with batch normalisation; it sees grey images under random affine maps: U is a bound for any q(y|.).
@@ -209,7 +209,10 @@ def main(argv=None):
     data = common.images(args)
     x, y = data.train
     classes = data.num_classes
-    most = classes * int(torch.bincount(y, minlength=classes).min())
+    fewest, scarce = torch.bincount(y, minlength=classes).min(0)
+    most = classes * int(fewest)
+    if most == 0 and not args.dry_run:
+        p.error(f"class {int(scarce)} has no training image")
     n = max(classes, min(args.labels, most)) if args.dry_run else args.labels
     if not args.dry_run and n != len(y) and (n % classes or n > most):
         p.error(f"--labels {n}: must be a multiple of {classes} up to {most}, or all {len(y)}")

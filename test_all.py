@@ -162,14 +162,14 @@ def test_log_w_averages_to_the_bound_and_terms_have_their_shapes():
         if getattr(m, "z_dim", 1) == 0:
             assert kl.abs().max() == 0 and log_w.std(0).max() < 1e-4, name
 def test_linear_gaussian_bound_is_exact():
-    m = vae.VAE((1, 1, 5), hidden=(), z_dim=2, likelihood="gaussian").double()
+    m = vae.VAE((1, 1, 5), hidden=(), z_dim=2, likelihood="gaussian", sigma=0.5).double()
     w, b, x = [torch.randn(*size).double() for size in ((5, 2), (5,), (4, 1, 1, 5))]
     w = torch.linalg.qr(w)[0] * torch.tensor([1.5, 0.7])    # orthogonal: a diagonal posterior
-    var = 1 / (1 + (w**2).sum(0))
+    var = 1 / (1 + (w**2).sum(0) / 0.25)
     m.dec[0].weight.data, m.dec[0].bias.data = w, b
-    m.enc[0].weight.data = torch.cat([var[:, None] * w.T, torch.zeros(2, 5)])
-    m.enc[0].bias.data = torch.cat([-var * (w.T @ b), var.log()])
-    close(m(x)[2], MultivariateNormal(b, w @ w.T + torch.eye(5)).log_prob(x.flatten(1)), 1e-9)
+    m.enc[0].weight.data = torch.cat([var[:, None] * w.T / 0.25, torch.zeros(2, 5)])
+    m.enc[0].bias.data = torch.cat([-var * (w.T @ b) / 0.25, var.log()])
+    close(m(x)[2], MultivariateNormal(b, w @ w.T + torch.eye(5) / 4).log_prob(x.flatten(1)), 1e-9)
 def total_probability(m, *inputs, k=10_000):
     return common.log_mean_exp(m(*inputs, k=k)[2].detach()).exp().sum()
 def test_probabilities_of_images_sum_to_one():
@@ -396,9 +396,11 @@ def test_labels_are_n_balanced_and_the_only_ones_that_are_used():
     wrong = y.masked_scatter(hidden, y[hidden].flip(0))
     with folder(), patched(ssl_vae, "choose_labels", lambda *_: chosen):
         for name, labels in (("a", y), ("b", wrong)):
-            train("ssl_vae", f"--epochs 1 --out-dir {name}", lambda args: SimpleNamespace(
-                **{**vars(tiny_images(args)), "train": (x, labels)}))
+            given = lambda args: SimpleNamespace(**vars(tiny_images(args)) | {"train": (x, labels)})
+            train("ssl_vae", f"--epochs 1 --out-dir {name}", given)
         assert_equal_runs("a", "b")
+        labels = labels.clamp(max=8)
+        assert "class 9 has no" in outcome("ssl_vae", "", given)[1]
 def test_the_condition_is_used():
     x, y = common.binarise(glyphs()[0], seed=0), glyphs()[1]
     for m in cvae.CVAE(hidden=64, z_dim=6), cdraw.CDRAW(glimpses=3, hidden=32, z_dim=6):
@@ -666,6 +668,7 @@ cvae | --quadrants 4; --z-dim -1; --condition text; --resume run
 ssl_vae | --labels 0; --labels 7; --labels 60000; --alpha -1; --resume run
 draw | --glimpses 0; --read-size 0; --prior flat; --resume run
 cdraw | --write-size 0; --glimpses two; --resume run
+vrnn | --sample 3; --sample 3 --conditional | needs
 vrnn | --temperature 0; --mixtures 0; --digits 12; --resume run; --conditional --digits x
 vrnn | --dataset wav --data-dir wavs --conditional
 vrnn | --dataset wav --data-dir none | none: 

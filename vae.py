@@ -4,7 +4,7 @@
 # ///
 """Variational auto-encoder (Kingma & Welling 2014, "Auto-Encoding Variational Bayes").
 
-    generative model   z ~ N(0, I),   x | z ~ Bernoulli(sigmoid(f(z)))   or   N(f(z), I)
+    generative model   z ~ N(0, I),   x | z ~ Bernoulli(sigmoid(f(z)))  or  N(f(z), sigma^2 I)
     inference model    q(z|x) = N(mu(x), diag sigma(x)^2)
     bound              log p(x) >= E_q[log p(x|z)] - KL(q(z|x) || p(z))    (eqs. 3, 10)
     with --iw K        log p(x) >= E_q[log 1/K sum_k p(x, z_k) / q(z_k|x)]   (Burda et al. 2016, 8)
@@ -29,6 +29,7 @@ def flags():
     p.add_argument("--channels", type=count, nargs=2, help="convolve: channels at 1/2, 1/4 size")
     p.add_argument("--z-dim", type=count, default=40, help="size of z")
     p.add_argument("--likelihood", choices=("bernoulli", "gaussian"), default="bernoulli")
+    p.add_argument("--sigma", type=common.at_least(1e-6, float), default=1.0, help="of gaussian")
     p.add_argument("--iw", type=count, default=1, help="samples of the bound to train on; 1: ELBO")
     return p
 
@@ -86,16 +87,17 @@ class VAE(nn.Module):
     """Kingma & Welling 2014.
 
     shape: (C, H, W) of the images. hidden: units of the gated layers. likelihood: "bernoulli", or
-    "gaussian" for N(f(z), I), else ValueError. channels: of convolutions at half and at quarter
-    size, instead of gated layers.
+    "gaussian" for N(f(z), sigma^2 I), else ValueError. channels: of convolutions at half and
+    at quarter size, instead of gated layers.
     """
 
     def __init__(self, shape=(1, 28, 28), hidden=(300, 300), z_dim=40, likelihood="bernoulli",
-                 channels=None):
+                 channels=None, sigma=1.0):
         super().__init__()
         if likelihood not in ("bernoulli", "gaussian"):
             raise ValueError(f'likelihood is "bernoulli" or "gaussian", not {likelihood!r}')
         self.shape, self.z_dim, self.likelihood = tuple(shape), z_dim, likelihood
+        self.sigma = sigma
         hidden = [hidden] if isinstance(hidden, int) else list(hidden)
         pixels = math.prod(shape)
         if channels:
@@ -124,7 +126,8 @@ class VAE(nn.Module):
         if self.likelihood == "bernoulli":    # with logits, as log s(l) = l + log s(-l)
             log_px = (x * out + F.logsigmoid(-out)).sum(-1)
         else:
-            log_px = -0.5 * ((x - out)**2 + math.log(2 * math.pi)).sum(-1)
+            scale = math.log(2 * math.pi * self.sigma**2)
+            log_px = -0.5 * (((x - out) / self.sigma)**2 + scale).sum(-1)
         kl = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(-1).expand_as(log_px)    # appendix B
         log_w = log_px + 0.5 * (eps**2 + logvar - z**2).sum(-1)    # log p(x|z) p(z) / q(z|x)
         return (log_px[0], kl[0], log_w[0]) if k is None else (log_px, kl, log_w)
@@ -164,7 +167,7 @@ def main(argv=None):
         return draw_pictures(model, None, folder, args.sample)
     data = common.images(args)
     model_args = dict(shape=data.shape, hidden=args.hidden, z_dim=args.z_dim,
-                      likelihood=args.likelihood, channels=args.channels)
+                      likelihood=args.likelihood, channels=args.channels, sigma=args.sigma)
     model = VAE(**model_args).to(args.device, memory_format=torch.channels_last)    # faster
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
 

@@ -315,7 +315,7 @@ def iam_ondb(root):    # the user's copy, split by its three lists if all are th
 
 def spoken_digits(root):    # Free Spoken Digit Dataset: recordings 0-4 test, 5-9 validation
     folder = root / "free-spoken-digit-dataset-1.0.10" / "recordings"
-    pattern = r"([0-9])_[a-z]+_([0-9]+)\.wav"
+    pattern = r"([0-9])_\w+_([0-9]+)\.wav"
     if not (folder / "9_yweweler_9.wav").exists():    # the last that a download writes
         download("https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/"
                  "v1.0.10.zip", folder, ".*/recordings/" + pattern,
@@ -397,8 +397,8 @@ def main(argv=None):
     import common
     # flags, data and model
     args = common.parse(flags(), argv)
-    data = types.SimpleNamespace(**args.run.saved) if args.sample else read_data(args)
-    classes = len(data.classes) if args.conditional else 0
+    data = read_data(args) if not args.sample else types.SimpleNamespace(**args.run.saved or {})
+    classes = len(vars(data).get("classes", "")) if args.conditional else 0
     labels = "0123456789"[:classes]
     if (args.conditional and not classes) or not set(args.digits or "") <= set(labels):
         common.fail(f"--conditional needs labels; --digits needs it, and some of '{labels}'")
