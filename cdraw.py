@@ -204,7 +204,7 @@ def main(argv=None):
     if args.sample:    # needs no data
         model, folder = common.trained(args, CDRAW)
         y = torch.tensor((digits * args.sample)[:args.sample], device=args.device)
-        return draw_pictures(*model.sample(y, args.temperature, True), folder)
+        return draw_pictures(*model.sample(y, args.temperature, True), folder, args.sample)
     data = common.images(args)
     drawn = torch.tensor(digits if args.digits else 4 * digits, device=args.device)
     model_args = dict(shape=data.shape, num_classes=data.num_classes)

@@ -59,12 +59,13 @@ def parse(p, argv=None):
         path = path / "checkpoint.pt" if path.is_dir() else path
         try:
             run.saved = {**torch.load(path, map_location="cpu", weights_only=True), "path": path}
-            if run.saved["script"] != run.script:
-                fail(f"--resume {path}: written by {run.saved['script']}.py, not by {p.prog}")
+            run.saved["script"] == run.script or fail(f"--resume {path}: not written by {p.prog}")
             p.set_defaults(**run.saved["args"] | dict(out_dir=None, device="auto", dry_run=False))
         except Exception as error:    # unpickling something else raises almost anything
-            fail(f"--resume {path}: not a checkpoint that can be read: {error!r}")
+            fail(f"--resume {path}: no checkpoint, {type(error).__name__}: {error}")
         args = p.parse_args(argv)
+    elif args.sample:
+        p.error("--sample needs --resume PATH")
     if args.dry_run:
         args.epochs, args.test_samples = 1 + len(run.saved["rows"] if run.saved else []), 4
     if args.device == "auto":
@@ -209,9 +210,8 @@ def new_folder(args):
 
 def trained(args, kind):
     """For --sample: the model of --resume, and a new folder for its pictures."""
-    saved = args.run.saved or fail("--sample needs --resume PATH")
-    model = kind(**saved["model_args"]).to(args.device).eval().requires_grad_(False)
-    model.load_state_dict(saved["model"])
+    model = kind(**args.run.saved["model_args"]).to(args.device).eval().requires_grad_(False)
+    model.load_state_dict(args.run.saved["model"])
     return model, new_folder(args)
 
 class Run:

@@ -145,19 +145,19 @@ def hide(x, quadrants):
         y[..., :h, :w] = -1
     return y
 
-def draw_pictures(model, x, y, folder, columns=10):
+def draw_pictures(model, x, y, folder, n=100):
     """samples.png: one row per label, one column per noise; or what is seen, completions, x."""
     from torchvision.utils import save_image
-    torch.manual_seed(0)
     if model.condition == "label":
         classes = model.phi_y.num_embeddings
+        columns = math.ceil(n / classes)
         z = torch.randn(columns, model.z_dim).repeat(classes, 1)
         every = torch.arange(classes).repeat_interleave(columns)
         images = model.sample(*[t.to(model.phi_y.weight.device) for t in (every, z)])
     else:
         seen = torch.where(y < 0, 0.5, y)    # hidden pixels in grey
         completions = [model.sample(y) for _ in range(8)]
-        images = torch.stack([seen, *completions, x], 1).flatten(0, 1)
+        images, columns = torch.stack([seen, *completions, x], 1).flatten(0, 1), 10
     images = images.repeat_interleave(3, 2).repeat_interleave(3, 3)
     save_image(images, folder / "samples.png", nrow=columns, padding=2)
 
@@ -167,11 +167,10 @@ def main(argv=None):
     # flags, data and model
     args = common.parse(flags(), argv)
     if args.sample:    # needs no data
-        if args.condition != "label":
+        if args.run.saved["model_args"]["condition"] != "label":
             common.fail("--sample: completions need images; take --epochs 0 instead")
         model, folder = common.trained(args, CVAE)
-        columns = math.ceil(args.sample / model.phi_y.num_embeddings)
-        return draw_pictures(model, None, None, folder, columns)
+        return draw_pictures(model, None, None, folder, args.sample)
     data = common.images(args)
     model_args = dict(shape=data.shape, condition=args.condition, z_dim=args.z_dim,
                       num_classes=data.num_classes, hidden=tuple(args.hidden))

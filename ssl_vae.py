@@ -187,7 +187,6 @@ def scores(model, x, y, seed, samples=1):
 def draw_pictures(model, x, folder, most=10):
     """samples.png: one row per label; analogies.png: grey images x, each redrawn as every label."""
     from torchvision.utils import save_image
-    torch.manual_seed(0)
     labels = torch.arange(model.num_classes, device=model.head.weight.device)
     pictures = {"samples": [model.sample(labels) for _ in range(most)]}
     if x is not None:

@@ -668,7 +668,7 @@ cvae | --quadrants 4; --z-dim -1; --condition text; --resume run
 ssl_vae | --labels 0; --labels 7; --labels 60000; --alpha -1; --resume run
 draw | --glimpses 0; --read-size 0; --prior flat; --resume run
 cdraw | --write-size 0; --glimpses two; --resume run
-vrnn | --sample 3; --sample 3 --conditional | needs
+vrnn | --sample 3; --sample 3 --conditional | needs --resume
 vrnn | --temperature 0; --mixtures 0; --digits 12; --resume run; --conditional --digits x
 vrnn | --dataset wav --data-dir wavs --conditional
 vrnn | --dataset wav --data-dir none | none: 

@@ -397,16 +397,16 @@ def main(argv=None):
     import common
     # flags, data and model
     args = common.parse(flags(), argv)
-    data = read_data(args) if not args.sample else types.SimpleNamespace(**args.run.saved or {})
-    classes = len(vars(data).get("classes", "")) if args.conditional else 0
+    data = types.SimpleNamespace(**args.run.saved) if args.sample else read_data(args)
+    classes = len(data.classes) if args.conditional else 0
     labels = "0123456789"[:classes]
     if (args.conditional and not classes) or not set(args.digits or "") <= set(labels):
         common.fail(f"--conditional needs labels; --digits needs it, and some of '{labels}'")
-    def pictures(model, folder, n=None):    # a row of 8 per digit; or n, the digits in turn
+    def pictures(model, folder, n=None):    # a row of 8 per digit; or n in rows of 8
         torch.manual_seed(args.seed)
         y = torch.tensor([int(d) for d in args.digits or labels or "0123456789"])
-        y = (y.repeat(n)[:n] if n else y.repeat_interleave(8)).to(args.device)
-        given = y if args.conditional else None
+        y = y.repeat(n + 7)[:math.ceil(n / 8) * 8] if n else y.repeat_interleave(8)
+        given = None if model.label is None else y.to(args.device)
         draw_pictures(*model.sample(data.steps, len(y), given, args.temperature), data, folder)
     if args.sample:    # needs no data
         return pictures(*common.trained(args, VRNN), args.sample)
