@@ -35,7 +35,7 @@ def flags():
     p.add_argument("--prior", choices=("standard", "learned"), default="standard", help="of z_t")
     p.add_argument("--z-dim", type=common.at_least(1), default=100, help="size of z_t")
     p.add_argument("--hidden", type=common.at_least(1), default=256, help="units of each LSTM")
-    p.add_argument("--temperature", type=common.at_least(0, float), default=1.0, help="1: model")
+    p.add_argument("--temperature", type=common.at_least(0, float), default=1.0, help="of z_t")
     return p
 
 if __name__ == "__main__":
@@ -97,8 +97,8 @@ class DRAW(nn.Module):
         self.start = nn.Parameter(torch.zeros(4, 1, hidden))    # h_enc, cell_enc, h_dec, cell_dec
         self.canvas = nn.Parameter(torch.full(self.shape, -2.0))    # c_0, dark
         self.prior = nn.Linear(hidden, 2 * z_dim).requires_grad_(prior == "learned")
-        # initial values that speed up the start; the prior is N(0, I) at first, or for good
-        nn.init.normal_(self.encoder.weight_ih[:, :reads], std=reads**-0.5)    # r counts
+        # initial values that speed up the start; the prior is N(0, I) at first, or frozen so
+        nn.init.normal_(self.encoder.weight_ih[:, :reads], std=reads**-0.5)    # r matters
         nn.init.ones_(self.encoder.bias_ih[hidden:2 * hidden])    # open forget gates (i, f, g, o)
         nn.init.ones_(self.decoder.bias_ih[hidden:2 * hidden])
         nn.init.zeros_(self.prior.weight)
@@ -145,10 +145,10 @@ class DRAW(nn.Module):
             canvas = canvas + self.write(h_dec)                                    # eq. 8
             var_p = logvar_p.exp()
             kl = kl + 0.5 * (((mu - mu_p)**2 + logvar.exp()) / var_p - 1 - logvar + logvar_p).sum(1)
-            log_q = -0.5 * (eps**2 + logvar)    # at z, without the constant that cancels
+            log_q = -0.5 * (eps**2 + logvar)    # as eps = (z - mu) / sigma; no constants
             log_p = -0.5 * ((z - mu_p)**2 / var_p + logvar_p)
             log_ratio = log_ratio + (log_p - log_q).sum(1)
-        log_px = (x * canvas + nn.functional.logsigmoid(-canvas)).sum((1, 2, 3))   # eq. 9, negative
+        log_px = (x * canvas + nn.functional.logsigmoid(-canvas)).sum((1, 2, 3))   # minus eq. 9
         return log_px, kl, log_px + log_ratio
 
     @torch.no_grad()
@@ -175,7 +175,7 @@ def draw_pictures(canvases, windows, folder, most=10):
     from torchvision.transforms.functional import to_pil_image
     steps, _, _, height, width = canvases.shape
     images = canvases.cpu().expand(-1, -1, 3, -1, -1)
-    images = images.repeat_interleave(3, 3).repeat_interleave(3, 4)
+    images = images.repeat_interleave(3, 3).repeat_interleave(3, 4)    # 3 times as large
     rows = images[torch.linspace(0, steps - 1, min(10, steps)).long(), :most].transpose(0, 1)
     utils.save_image(rows.flatten(0, 1), folder / "samples.png", nrow=rows.shape[1])
     for step, window in zip(images[:-1], windows):    # roughly through the outermost filters

@@ -45,7 +45,7 @@ import torch, torch.nn.functional as F, urllib.request, xml.etree.ElementTree as
 from pathlib import Path
 from torch import nn
 
-def mlp(*sizes):    # Linear, SiLU, Linear, SiLU, ...
+def mlp(*sizes):    # Linear, SiLU, Linear, SiLU, ...; [:-1] leaves the last SiLU out
     layers = [(nn.Linear(n_in, n_out), nn.SiLU()) for n_in, n_out in zip(sizes, sizes[1:])]
     return nn.Sequential(*sum(layers, ()))
 
@@ -62,16 +62,16 @@ class VRNN(nn.Module):
         if not known or (likelihood == "pen" and x_dim != 3):
             raise ValueError(f"there is no VRNN with {likelihood=}, {prior=} and {x_dim=}")
         self.x_dim, self.z_dim, self.likelihood, self.mixtures = x_dim, z_dim, likelihood, mixtures
-        y, f_z = 64 if num_classes else 0, features if z_dim else 0    # sizes of features
-        weights = 0.1 * torch.randn(num_classes, y)    # larger ones raise the KL at the start
-        self.label = nn.Embedding.from_pretrained(weights, freeze=False) if y else None
+        d_y, d_z = 64 if num_classes else 0, features if z_dim else 0    # sizes of features
+        weights = 0.1 * torch.randn(num_classes, d_y)    # larger ones raise the KL at the start
+        self.label = nn.Embedding.from_pretrained(weights, freeze=False) if d_y else None
         self.phi_x = mlp(x_dim, features, features)
         self.phi_z = mlp(z_dim, features) if z_dim else nn.Identity()
-        self.enc = mlp(features + hidden + y, features, 2 * z_dim)[:-1] if z_dim else None
+        self.enc = mlp(features + hidden + d_y, features, 2 * z_dim)[:-1] if z_dim else None
         learned = prior == "learned" and z_dim
-        self.prior_net = mlp(hidden + y, features, 2 * z_dim)[:-1] if learned else None
-        self.dec = mlp(f_z + hidden + y, features, features, size[likelihood])[:-1]
-        self.gru = nn.GRUCell(features + f_z + y, hidden)
+        self.prior_net = mlp(hidden + d_y, features, 2 * z_dim)[:-1] if learned else None
+        self.dec = mlp(d_z + hidden + d_y, features, features, size[likelihood])[:-1]
+        self.gru = nn.GRUCell(features + d_z + d_y, hidden)
         self.h_0 = nn.Parameter(torch.zeros(hidden))
         self.end = nn.Linear(hidden, 1) if stop else None
 
@@ -115,7 +115,7 @@ class VRNN(nn.Module):
         if self.end is not None:
             s = self.end(torch.cat([h_before[1:], h[None]])).squeeze(2).to(x.dtype)    # logits
             log_px = log_px + F.logsigmoid(torch.where(t == lengths - 1, s, -s))
-        var_p = logvar_p.exp()    # below: the KL of eq. 11; log p(z_t|.) - log q(z_t|.) at z_t
+        var_p = logvar_p.exp()    # then the KL of eq. 11, and log p(z_t|.) - log q(z_t|.) at z_t
         kl = 0.5 * (logvar_p - logvar_q - 1 + ((mu_q - mu_p)**2 + logvar_q.exp()) / var_p).sum(2)
         log_ratio = 0.5 * (eps**2 + logvar_q - logvar_p - (z - mu_p)**2 / var_p).sum(2)
         return [torch.where(inside, v, 0.0).sum(0) for v in (log_px, kl, log_px + log_ratio)]
@@ -145,7 +145,7 @@ class VRNN(nn.Module):
         if self.likelihood == "bernoulli":
             return torch.bernoulli((out / temperature).sigmoid())
         log_weights, mu, logvar, r, up = self.mixture(out)
-        gumbel = -torch.empty_like(log_weights).exponential_().log()    # no wait for a GPU
+        gumbel = -torch.empty_like(log_weights).exponential_().log()    # a draw by argmax
         which = (log_weights / temperature + gumbel).argmax(-1, keepdim=True)      # (B, 1)
         mu, logvar = [v.take_along_dim(which[:, :, None], 1).squeeze(1) for v in (mu, logvar)]
         u = torch.randn_like(mu)
