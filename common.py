@@ -173,9 +173,9 @@ def log_mean_exp(log_w, dim=0):
     return log_w.logsumexp(dim) - math.log(log_w.shape[dim])
 
 def evaluate(model, *tensors, samples=1, rows=4096):
-    """Means in nats of -ELBO, its parts, and, if samples > 1, -log p(x); `rows` samples at once."""
+    """Mean neg_elbo, rec, kl, and nll if samples > 1, nats; model(*tensors, k=k): three (k, B)."""
     torch.manual_seed(0)    # the same noise at every call
-    k, sums = min(samples, 64, rows), []
+    k, sums = min(samples, 64, rows), []    # `rows` samples are decoded at once
     for batch in zip(*(t.split(rows // k) for t in tensors)):
         with torch.no_grad():
             parts = [model(*batch, k=min(k, samples - done)) for done in range(0, samples, k)]

@@ -151,9 +151,10 @@ def draw_pictures(model, x, y, folder, n=100):
     if model.condition == "label":
         classes = model.phi_y.num_embeddings
         columns = math.ceil(n / classes)
-        z = torch.randn(columns, model.z_dim).repeat(classes, 1)
-        every = torch.arange(classes).repeat_interleave(columns)
-        images = model.sample(*[t.to(model.phi_y.weight.device) for t in (every, z)])
+        device = model.phi_y.weight.device
+        z = torch.randn(columns, model.z_dim, device=device).repeat(classes, 1)
+        every = torch.arange(classes, device=device).repeat_interleave(columns)
+        images = model.sample(every, z)
     else:
         seen = torch.where(y < 0, 0.5, y)    # hidden pixels in grey
         completions = [model.sample(y) for _ in range(8)]

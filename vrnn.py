@@ -145,7 +145,7 @@ class VRNN(nn.Module):
         if self.likelihood == "bernoulli":
             return torch.bernoulli((out / temperature).sigmoid())
         log_weights, mu, logvar, r, up = self.mixture(out)
-        gumbel = -torch.empty_like(log_weights).exponential_().log()    # a draw by argmax
+        gumbel = -torch.empty_like(log_weights).exponential_().log()    # no wait for a GPU
         which = (log_weights / temperature + gumbel).argmax(-1, keepdim=True)      # (B, 1)
         mu, logvar = [v.take_along_dim(which[:, :, None], 1).squeeze(1) for v in (mu, logvar)]
         u = torch.randn_like(mu)
