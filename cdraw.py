@@ -27,12 +27,12 @@ def flags():
     p.add_argument("--glimpses", type=common.at_least(1), default=32, help="time steps")
     p.add_argument("--read-size", type=common.at_least(1), default=5, help="filters per side")
     p.add_argument("--write-size", type=common.at_least(1), default=5, help="filters per side")
-    p.add_argument("--no-attention", action="store_true", help="read and write whole images")
+    p.add_argument("--no-attention", dest="attention", action="store_false", help="whole images")
     p.add_argument("--prior", choices=("standard", "learned"), default="standard", help="of z_t")
     p.add_argument("--z-dim", type=common.at_least(1), default=100, help="size of z_t")
     p.add_argument("--hidden", type=common.at_least(1), default=256, help="units of each LSTM")
     p.add_argument("--temperature", type=common.at_least(0, float), default=1.0, help="of z_t")
-    p.add_argument("--digits", help="draw these, such as 3141592; None: every label")
+    p.add_argument("--classes", "--digits", nargs="+", help="to draw, such as 3141, or by name")
     return p
 
 if __name__ == "__main__":
@@ -196,20 +196,20 @@ def main(argv=None):
     import common
 
     # flags, data and model
-    p = flags()
-    args = common.parse(p, argv)
-    if not (args.digits or "0").isdecimal():
-        p.error(f"--digits {args.digits}: must be digits, such as 3141592")
-    digits = [int(d) for d in args.digits or "0123456789"]
+    args = common.parse(flags(), argv)
+    data = None if args.sample else common.images(args)
+    names = (args.run.saved if args.sample else args.run.about)["classes"]
+    asked = sum(([word] if word in names else [*word] for word in args.classes or names), [])
+    if not set(asked) <= set(names):
+        common.fail(f"--classes {' '.join(args.classes)}: must be some of {', '.join(names)}")
+    digits = [names.index(name) for name in asked]
     if args.sample:    # needs no data
         model, folder = common.trained(args, CDRAW)
         y = torch.tensor((digits * args.sample)[:args.sample], device=args.device)
         return draw_pictures(*model.sample(y, args.temperature, True), folder, args.sample)
-    data = common.images(args)
-    drawn = torch.tensor(digits if args.digits else 4 * digits, device=args.device)
+    drawn = torch.tensor(digits if args.classes else 4 * digits, device=args.device)
     model_args = dict(shape=data.shape, num_classes=data.num_classes)
-    model_args["attention"] = not args.no_attention
-    for name in ("glimpses", "read_size", "write_size", "prior", "z_dim", "hidden"):
+    for name in ("glimpses", "read_size", "write_size", "attention", "prior", "z_dim", "hidden"):
         model_args[name] = getattr(args, name)
     model = CDRAW(**model_args).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)

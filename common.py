@@ -1,5 +1,5 @@
 """What the scripts share. They import it inside functions: a copied class needs torch alone."""
-import argparse, atexit, contextlib, copy, io, json, math, os, socket, statistics, sys, time
+import argparse, atexit, contextlib, copy, io, json, math, os, socket, statistics, sys, time, zlib
 from pathlib import Path
 
 class Lazy:    # importing torch takes seconds, and --help should not
@@ -11,7 +11,6 @@ def fail(message):
     """End the program with one line on standard error and exit status 2."""
     print(f"{Path(sys.argv[0]).name}: {str(message).splitlines()[0]}", file=sys.stderr)
     sys.exit(2)
-
 def last_words(kind, error, trace):
     """An excepthook: Ctrl-C says how to resume, status 130; trouble with a file is one line."""
     if kind is KeyboardInterrupt:
@@ -34,9 +33,10 @@ def parser(script, doc, epochs, batch_size, lr, test_samples, datasets=()):
     bases = argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
     p = argparse.ArgumentParser(f"{script}.py", "%(prog)s [flags]; --help lists them", doc,
                                 formatter_class=type("Help", bases, {}), allow_abbrev=False)
-    add, sets = p.add_argument, ("mnist", "fashion-mnist", "kmnist", "glyphs", *datasets)
+    add, sets = p.add_argument, ("mnist", "fashion-mnist", "kmnist", "glyphs", "folder", *datasets)
     add("--dataset", choices=sets, help="None: mnist if it can be had, else glyphs")
     add("--data-dir", default="data", help="where data sets are, or are downloaded to")
+    add("--image-size", type=at_least(8), default=28, help="side of the images of folder, pixels")
     add("--out-dir", help="a new folder for the results; None: out/SCRIPT-1, -2, ...")
     add("--epochs", type=at_least(0), default=epochs, help="train up to this many in all")
     add("--batch-size", type=at_least(1), default=batch_size, help="examples per step")
@@ -53,12 +53,14 @@ def parse(p, argv=None):
     """Parse; take the checkpoint's flags where none are given; choose device and seed."""
     sys.excepthook = last_words
     args = p.parse_args(argv)
-    run = argparse.Namespace(script=p.prog[:-3], saved=None, rank=0, world=1, note="", about={})
+    about = {"classes": [*"0123456789"]}    # what the checkpoint knows of the data
+    run = argparse.Namespace(script=p.prog[:-3], saved=None, rank=0, world=1, note="", about=about)
     if args.resume:
         path = Path(args.resume).expanduser()
         path = path / "checkpoint.pt" if path.is_dir() else path
         try:
-            run.saved = {**torch.load(path, map_location="cpu", weights_only=True), "path": path}
+            run.saved = about | torch.load(path, map_location="cpu", weights_only=True)
+            run.saved["path"] = path
             run.saved["script"] == run.script or fail(f"--resume {path}: not written by {p.prog}")
             p.set_defaults(**run.saved["args"] | dict(out_dir=None, device="auto", dry_run=False))
         except Exception as error:    # unpickling something else raises almost anything
@@ -86,49 +88,52 @@ def parse(p, argv=None):
     return argparse.Namespace(**vars(args), run=run)
 
 def images(args):
-    """The set args.dataset, or what is found: grey x (N, 1, 28, 28) uint8, labels y (N,) int64."""
-    name = args.dataset or "mnist"
-    if name != "glyphs":
-        from torchvision import datasets
+    """The set args.dataset, or what is found: grey x (N, 1, H, W) uint8, labels y (N,) int64."""
+    from torchvision import datasets, transforms
+    name, root = args.dataset or "mnist", Path(args.data_dir).expanduser()
+    if name == "folder":    # own images, in a sub-folder per class
+        steps = transforms.Grayscale(), transforms.Resize([args.image_size] * 2)
+        found = datasets.ImageFolder(root, transforms.Compose([*steps, transforms.PILToTensor()]))
+        tens = [zlib.crc32(os.fsencode(os.path.relpath(path, root))) % 10 for path, _ in found.imgs]
+        x, y = [torch.stack([torch.as_tensor(v) for v in values]) for values in zip(*found)]
+        cuts = [torch.tensor(tens).clamp(max=2) == part for part in (2, 1, 0)]
+    elif name != "glyphs":
         kind = getattr(datasets, "FashionMNIST" if name == "fashion-mnist" else name.upper())
-        folder = Path(args.data_dir).expanduser() / kind.__name__ / "raw"
-        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder = root / kind.__name__ / "raw"
         socket.setdefaulttimeout(4)    # seconds, for each of torchvision's mirrors
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                train, test = [kind(folder.parents[1], t, download=True) for t in (True, False)]
-            parts = (train, 5000, None), (train, 0, 5000), (test, 0, None)
-            parts = [(part.data[a:b, None], part.targets[a:b]) for part, a, b in parts]
+                both = [kind(root, train, download=True) for train in (True, False)]
+            x = torch.cat([half.data[:, None] for half in both])
+            y = torch.cat([half.targets for half in both])
+            cuts = slice(5000, len(both[0])), slice(5000), slice(len(both[0]), None)
         except Exception as error:    # torchvision lets through whatever its parser stumbles over
-            if args.dataset or folder not in new:
+            with contextlib.suppress(OSError):    # torchvision leaves empty folders
+                os.removedirs(folder)
+            if args.dataset or folder.exists():
                 fail(f"{name}: no download, or damaged files in {folder}: {error}")
-            args.run.note = f"NOT MNIST (not in {args.data_dir}, no download): glyphs from fonts"
-            print(args.run.note, flush=True)
+            args.run.note = f"NOT MNIST (not in {args.data_dir}, no download): glyphs from fonts\n"
             name = "glyphs"
-        finally:
-            with contextlib.suppress(OSError):    # leave no empty folder of torchvision's
-                for path in new:
-                    path.rmdir()
     if name == "glyphs":
-        x, y = glyph_images(24_000)
-        parts = [(x[a:b], y[a:b]) for a, b in ((4000, None), (0, 2000), (2000, 4000))]
+        (x, y), cuts = glyph_images(24_000), (slice(4000, None), slice(2000), slice(2000, 4000))
+    if not all(len(x[cut]) for cut in cuts):
+        fail(f"{root}: {len(x)} images of {name} are too few to train, validate and test")
+    classes = found.classes if name == "folder" else [str(c) for c in range(int(y.max()) + 1)]
+    args.run.about = {"classes": classes}
     args.dataset, n = name, args.batch_size if args.dry_run else None
-    train, valid, test = [(x[:n].to(args.device), y[:n].to(args.device)) for x, y in parts]
-    sizes = dict(shape=(1, 28, 28), num_classes=10)
-    return argparse.Namespace(train=train, valid=valid, test=test, **sizes)
+    train, valid, test = [(x[c][:n].to(args.device), y[c][:n].to(args.device)) for c in cuts]
+    return argparse.Namespace(train=train, valid=valid, test=test, shape=(1, *x.shape[2:]),
+                              num_classes=len(classes))
 
 def glyph_fonts():
-    """Those of matplotlib's own fonts that have usual digits, as file names."""
+    """The DejaVu fonts that come with matplotlib, but for its Display fonts, as paths."""
     from matplotlib import get_data_path
-    odd = ("LastResort", "Display", "NonUni", "Siz", "cmex", "cmmi", "cmsy")
-    fonts = sorted(Path(get_data_path(), "fonts/ttf").glob("*.ttf"))
-    return [str(font) for font in fonts if not any(o in font.name for o in odd)]
-
+    return sorted(Path(get_data_path(), "fonts/ttf").glob("DejaVu*[!y].ttf"))
 def glyph_images(n):
     """Digits in matplotlib's fonts, turned and moved: x (n, 1, 28, 28) uint8, y (n,) int64."""
     import numpy as np
     from matplotlib.ft2font import FT2Font
-    fonts, random = [FT2Font(name) for name in glyph_fonts()], np.random.default_rng(0)
+    fonts, random = [FT2Font(str(path)) for path in glyph_fonts()], np.random.default_rng(0)
     x, y = np.zeros((n, 1, 28, 28), np.uint8), random.integers(10, size=n)
     for image, digit in zip(x, y):
         font = fonts[random.integers(len(fonts))]
@@ -167,7 +172,6 @@ def batches(args, epoch, *tensors):
 def gaussian_kl(mu_q, logvar_q, mu_p, logvar_p):
     """KL(N(mu_q, e^logvar_q) || N(mu_p, e^logvar_p)), elementwise, in nats."""
     return 0.5 * (logvar_p - logvar_q - 1 + ((mu_q - mu_p)**2 + logvar_q.exp()) / logvar_p.exp())
-
 def log_mean_exp(log_w, dim=0):
     """The importance-weighted bound (Burda et al. 2016, eq. 8) of log weights along `dim`."""
     return log_w.logsumexp(dim) - math.log(log_w.shape[dim])
@@ -235,11 +239,10 @@ class Run:
         self.epoch = len(self.rows)
         self.began = time.time() - sum(row["seconds"] for row in self.rows[-1:])
         if args.run.rank == 0:    # one process writes
-            print(self.facts, flush=True)
+            print(args.run.note, self.facts, sep="", flush=True)
             old = saved["path"] if saved and not (args.out_dir or args.dry_run) else Path()
             open_end = args.epochs > self.epoch or not (old.parent / "results.json").exists()
             self.dir = old.parent if old.name == "checkpoint.pt" and open_end else new_folder(args)
-
     def after_step(self, **figures):
         """Average the weights; keep the step's mean figures on the device."""
         self.steps.append({k: v.detach().float().mean() for k, v in figures.items()})
@@ -250,7 +253,6 @@ class Run:
         if self.now - self.shown > (1 if sys.stdout.isatty() else 30) and self.args.run.rank == 0:
             self.shown, end = self.now, "\r" if sys.stdout.isatty() else "\n"
             print(f"  epoch {self.epoch + 1}, step {done} of {steps}", end=end, flush=True)
-
     def end_epoch(self, valid):
         """Log and save; True if the first of the validation's figures is the best so far."""
         train = {k: torch.stack([s[k] for s in self.steps]).mean().item() for k in self.steps[0]}
@@ -277,14 +279,12 @@ class Run:
         left = row["seconds"] / self.epoch * (self.args.epochs - self.epoch)
         print("  ".join(f"{k} {v:.5g}" for k, v in row.items()), f" {left:.0f} s left", flush=True)
         return row["best"]
-
     def best_model(self):
         """The averaged model of the best validation, or the one that was given."""
         if self.args.run.rank:
             sys.exit()
         self.average.load_state_dict(self.best)
         return self.average
-
     def finish(self, test):
         """Write results.json and print its figures."""
         best = ([{}] + [row for row in self.rows if row["best"]])[-1]

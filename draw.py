@@ -31,7 +31,7 @@ def flags():
     p.add_argument("--glimpses", type=common.at_least(1), default=32, help="time steps")
     p.add_argument("--read-size", type=common.at_least(1), default=5, help="filters per side")
     p.add_argument("--write-size", type=common.at_least(1), default=5, help="filters per side")
-    p.add_argument("--no-attention", action="store_true", help="read and write whole images")
+    p.add_argument("--no-attention", dest="attention", action="store_false", help="whole images")
     p.add_argument("--prior", choices=("standard", "learned"), default="standard", help="of z_t")
     p.add_argument("--z-dim", type=common.at_least(1), default=100, help="size of z_t")
     p.add_argument("--hidden", type=common.at_least(1), default=256, help="units of each LSTM")
@@ -198,8 +198,8 @@ def main(argv=None):
         drawn = model.sample(args.sample, args.temperature, True)
         return draw_pictures(*drawn, folder, args.sample)
     data = common.images(args)
-    model_args = {"shape": data.shape, "attention": not args.no_attention}
-    for name in ("glimpses", "read_size", "write_size", "prior", "z_dim", "hidden"):
+    model_args = {"shape": data.shape}
+    for name in ("glimpses", "read_size", "write_size", "attention", "prior", "z_dim", "hidden"):
         model_args[name] = getattr(args, name)
     model = DRAW(**model_args).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)

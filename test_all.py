@@ -10,7 +10,7 @@
 """
 import ast, contextlib, csv, functools, gzip, hashlib, http.server, importlib, inspect, io
 import itertools, json, math, multiprocessing, os, pty, random, re, resource, shlex, shutil, signal
-import statistics, struct, subprocess, sys, tempfile, threading, time, traceback, unittest, wave
+import struct, subprocess, sys, tempfile, threading, time, unittest, wave
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +34,6 @@ no_noise = functools.partial(mock.patch.multiple, torch, randn=torch.zeros,
                              randn_like=torch.zeros_like)
 load = functools.partial(torch.load, weights_only=True)
 identical = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
-# ------------------------------------------------------------------------------------------ helpers
 def close(a, b, tol=1e-5):
     a, b = [torch.as_tensor(v, dtype=torch.float64) for v in (a, b)]
     torch.testing.assert_close(a, b, rtol=tol, atol=tol)
@@ -367,7 +366,6 @@ def test_vrnn_draws_what_its_density_says_and_ends_by_itself():
         x, lengths = m.sample(6, y=torch.arange(300) % 3)
         assert (x[torch.arange(6)[:, None] >= lengths] == 0).all() and x.isfinite().all(), name
         assert len(lengths.unique()) == (1 if m.end is None else 6) and lengths.max() == 6, name
-# ---------------------------------------------------------------------------- labels and conditions
 def test_m2_sum_over_y_is_the_brute_force():
     x = torch.rand(6, 1, 4, 4).round()
     with no_noise(), torch.no_grad():
@@ -573,7 +571,6 @@ def test_two_processes_share_gradients_and_nothing_else():
         noise.append(torch.rand(9))
     assert sorted(parts) == list(range(200)), "a batch is not divided between the processes"
     assert not torch.equal(*noise[:2]) and not torch.equal(*noise[2:]), "both draw the same noise"
-# -------------------------------------------------------------------------------- as a user runs it
 PATHS = {"vae": ["", "--likelihood gaussian --z-dim 2", "--channels 2 3 --iw 3"],
          "cvae": ["", "--condition quadrants --quadrants 2", "--condition quadrants --z-dim 0"],
          "ssl_vae": ["", "--auxiliary --no-augment", "--supervised-only"],
@@ -614,17 +611,14 @@ def test_every_script_and_path_as_a_user_runs_it():
                 assert script != "ssl_vae" or 0 <= result["test_error"] + result["val_error"] <= 200
 def test_help_and_misspelt_flags_answer_at_once():
     for script in SCRIPTS:
-        times, actions = [], importlib.import_module(script).flags()._actions
-        for flag in ("--epoch=3", "--help", "--help"):
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        actions = importlib.import_module(script).flags()._actions
+        for flag in ("--epoch=3", "--help"):    # before torch is imported, which takes seconds
             done = subprocess.run([sys.executable, "-X", "importtime", HERE / f"{script}.py", flag],
                                   capture_output=True, text=True)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
             assert "argparse\n" in done.stderr and not re.search(r" torch\n", done.stderr), script
             assert flag == "--help" or done.returncode == 2 and "error: unrecog" in done.stderr
         assert all(action.option_strings[-1] in done.stdout for action in actions), script
-        assert statistics.median(times) < 2 and len(actions) - 1 <= 22, (script, times)
+        assert len(actions) - 1 <= 22, script
 def test_without_network_and_data_it_says_not_mnist():
     with folder():
         env = {**os.environ, **dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")}
@@ -661,19 +655,19 @@ vae | --z-dim 0; --hidden 0; --channels 3; --test-samples 0; --likelihood x; --d
 vae | --iw 0; --device abacus; --device cuda:99; --resume none.pt; --resume run/log.csv
 vae | --resume cut.pt; --resume dict.pt; --resume code.pt; --out-dir run; --out-dir empty
 vae | --out-dir cut.pt/deep | Not a directory
-vae | --sample 3 | needs --resume
 vae | --resume run --z-dim 7 | 'z_dim': 4
 vae | --data-dir bad --dataset mnist; --data-dir bad | bad/MNIST
 cvae | --quadrants 4; --z-dim -1; --condition text; --resume run
 ssl_vae | --labels 0; --labels 7; --labels 60000; --alpha -1; --resume run
 draw | --glimpses 0; --read-size 0; --prior flat; --resume run
-cdraw | --write-size 0; --glimpses two; --resume run
+cdraw | --write-size 0; --glimpses two; --resume run; --classes 1 x; --classes 10 11x
 vrnn | --sample 3; --sample 3 --conditional | needs --resume
-vrnn | --temperature 0; --mixtures 0; --digits 12; --resume run; --conditional --digits x
+vrnn | --temperature 0; --mixtures 0; --resume run
+vrnn | --digits 12; --conditional --digits x | --classes needs
 vrnn | --dataset wav --data-dir wavs --conditional
 vrnn | --dataset wav --data-dir none | none: 
-vrnn | --dataset wav --data-dir bad | bad.wav: not a WAV file
-vrnn | --dataset wav --data-dir long | long.wav: 16 bit, 1 channels, 400001 samples
+vrnn | --dataset wav --data-dir bad | bad.wav: not WAV, EOFError(); try ffmpeg -i bad/bad.wav
+vrnn | --dataset wav --data-dir long | long.wav: 400001 samples
 vrnn | --dataset iam-ondb --data-dir none | registered
 vrnn | --dataset iam-ondb --data-dir bad | not a file of strokes
 vrnn | --dataset pendigits --data-dir bad | pendigits-orig.tra.Z: damaged"""
@@ -703,23 +697,13 @@ def test_bad_input_gets_one_line_and_status_2():
                 last, expected = error.splitlines()[-1], text or re.findall("--[a-z-]+", flags)
                 assert expected[-1] in last and last.startswith(f"{script}.py: "), (flags, error)
         assert files == {p: p.is_file() and p.read_bytes() for p in here.rglob("*")}
-# --------------------------------------------------------------------------------------------- data
 def data_args(dataset, data_dir="none"):
-    return SimpleNamespace(dataset=dataset, data_dir=str(data_dir), device="cpu", dry_run=False,
-                           batch_size=9, conditional=True, run=SimpleNamespace(note="", saved=None))
+    run = SimpleNamespace(note="", saved=None)
+    return SimpleNamespace(dataset=dataset, data_dir=str(data_dir), image_size=20, batch_size=9,
+                           device="cpu", conditional=True, dry_run=False, run=run)
 def sizes(data):
     parts = data.train, data.valid, data.test
     return [len(p.lengths if isinstance(p, vrnn.Sequences) else p[0]) for p in parts]
-@contextlib.contextmanager
-def server(files):    # {path: content}; yields its address
-    for name, content in files.items():
-        Path(name).parent.mkdir(exist_ok=True)
-        Path(name).write_bytes(content)
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=os.getcwd())
-    host = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=host.serve_forever, daemon=True).start()
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        yield f"http://127.0.0.1:{host.server_port}/"
 def test_download_tries_every_mirror_and_is_checked():
     from torchvision.datasets import MNIST
     files, sums, many = {}, [], [torch.cat([t] * 10) for t in glyphs()]
@@ -730,12 +714,20 @@ def test_download_tries_every_mirror_and_is_checked():
                               (f"{part}-labels-idx1-ubyte.gz", gzip.compress(labels, 1))):
             sums.append((name, hashlib.md5(content).hexdigest()))
             files.update({f"good/{name}": content, f"bad/{name}": content[:-9]})
-    with folder(), server(files) as url, patched(MNIST, "resources", sums), \
-            patched(common, "glyph_images", lambda n: many):
-        with patched(MNIST, "mirrors", ["http://127.0.0.1:9/", f"{url}good/"]):
+    with folder(), patched(MNIST, "resources", sums), \
+            patched(common, "glyph_images", lambda n: many), \
+            contextlib.redirect_stderr(io.StringIO()):
+        for name, content in files.items():
+            Path(name).parent.mkdir(exist_ok=True)
+            Path(name).write_bytes(content)
+        serve = http.server.SimpleHTTPRequestHandler
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with patched(MNIST, "mirrors", ["http://127.0.0.1:9/", f"{url}/good/"]):
             data = common.images(data_args(None, "one"))
             assert sizes(data) == [100, 5000, 50] and data.train[1][1] == data.valid[1][1] == 1
-        with patched(MNIST, "mirrors", [f"{url}bad/"]), raises(SystemExit, "2"):
+        with patched(MNIST, "mirrors", [f"{url}/bad/"]), raises(SystemExit, "2"):
             common.images(data_args("mnist", "two"))
         with patched(MNIST, "mirrors", ["http://127.0.0.1:9/"]):    # what is there needs no network
             assert sizes(common.images(data_args("mnist", "one"))) == [100, 5000, 50]
@@ -756,6 +748,25 @@ def test_glyphs_are_digits_seeded_and_varied_and_binarised():
     identical(common.binarise(x, seed=1), common.binarise(x, seed=1))
     assert not torch.equal(common.binarise(x), common.binarise(x))
     assert (common.binarise(x).mean(0) - torch.tensor([0, 64 / 255, 1])).abs().max() < 0.02
+def test_own_images_are_made_grey_and_square_and_split_by_name():
+    from PIL import Image
+    real, args, before = common.images, data_args("folder", "in"), [set(), set(), set()]
+    with folder():
+        for i in range(120):
+            path = Path("in", ("12", "o k", "\u00e9")[i % 3], f"{i}.{'png' if i % 4 else 'jpg'}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (32 + i % 3 * 16, 32), i).convert("RGB" if i % 2 else "L").save(path)
+            if i in (89, 119):    # more files move none from one part to another
+                data = real(args)
+                parts = [(x[:, 0, 3, 17], y) for x, y in (data.train, data.valid, data.test)]
+                now = [set(value.tolist()) for value, _ in parts]
+                assert all(a <= b for a, b in zip(before, now)) and sum(sizes(data)) == i + 1
+                assert all(torch.equal(value % 3, y) for value, y in parts), "wrong classes"
+                before = now
+        for script in SCRIPTS:
+            train(script, "--dataset folder --data-dir in --image-size 20 --dry-run", real)
+        train("cdraw", "--resume out/cdraw-1 --sample 3 --classes \u00e9 'o k'", None)
+        assert "some of 12, o k" in outcome("cdraw", "--resume out/cdraw-1 --classes 3", real)[1]
 def test_sequences_are_padded_per_batch_and_image_rows_are_rows():
     pairs = [(torch.full((n, 2), float(n)), str(n % 2)) for n in (3, 1000, 2, 5)]
     data = vrnn.Sequences(pairs, "cpu", ["0", "1"])
@@ -766,18 +777,21 @@ def test_sequences_are_padded_per_batch_and_image_rows_are_rows():
         data = vrnn.read_data(data_args("mnist"))
     x, lengths, y = next(data.train.batches(torch.arange(200)[None]))
     assert torch.equal(x[:28].transpose(0, 1), glyphs()[0][:200, 0]) and (lengths == 28).all()
-def wav_file(path, n, rate=8000, channels=1):
+def wav_file(path, n, rate=8000, channels=1, width=2):    # width: bytes of a sample
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    tone = (8000 * torch.sin(torch.arange(n) / rate * 880 * math.pi)).to(torch.int16)
+    x = (8000 * 2**16 * torch.sin(torch.arange(n) / rate * 880 * math.pi)).to(torch.int32)
+    x = x.repeat_interleave(channels).view(torch.uint8).view(-1, 4)[:, -width:]
     with wave.open(path, "wb") as file:
-        file.setparams((channels, 2, rate, 0, "NONE", None))
-        file.writeframes(tone[:, None].expand(-1, channels).numpy().tobytes())
+        file.setparams((channels, width, rate, 0, "NONE", None))
+        file.writeframes((x ^ (128 if width == 1 else 0)).numpy().tobytes())    # 8 bit: unsigned
 def test_wav_files_of_any_rate_are_framed_and_learned_from():
     with folder():
-        wav_file("high.wav", 32_000, rate=32_000, channels=2)
         wav_file("low.wav", 8000)
-        high, low = [vrnn.frames(Path(name)).flatten() for name in ("high.wav", "low.wav")]
-        assert len(high) == len(low) == 8000 and (high - low)[200:-200].abs().max() < 40
+        low = vrnn.frames(Path("low.wav")).flatten()
+        for width in (1, 2, 3, 4):    # 8 bits are rounded to 256
+            wav_file("high.wav", 32_000, rate=32_000, channels=2, width=width)
+            high = vrnn.frames(Path("high.wav")).flatten()
+            assert (high - low)[200:-200].abs().max() < (300 if width == 1 else 40), width
         basis, before = vrnn.dct(200, "cpu"), [set(), set(), set()]
         close(basis @ basis.T, torch.eye(200))    # so that densities are those of the samples
         for i in range(40):
@@ -801,7 +815,6 @@ def test_real_data():
         vae.main(["--dataset", "mnist", "--data-dir", REAL, "--epochs", "1", "--hidden", "64",
                   "--test-samples", "1", "--device", "cpu"])
         assert 100 < json.load(open("out/vae-1/results.json"))["test_neg_elbo"] < 200
-# -------------------------------------------------------------------------------- running the tests
 def speed(steps=30):    # prints a table of training steps at default sizes
     def after_step(run, **_):
         done.append((time.perf_counter(), run.args.batch_size))
@@ -810,8 +823,8 @@ def speed(steps=30):    # prints a table of training steps at default sizes
     from torch.utils.benchmark import Timer
     product = Timer("a @ a", "import torch; a = torch.rand(1024, 1024)")
     rate = 2 * 1024**3 / product.timeit(20).median
-    print("| script | data | MFLOP per example | examples/s | GFLOP/s of a product | share |")
-    print("|---|---|---|---|---|---|")
+    print("| script | data | MFLOP per example | examples/s | GFLOP/s of a product | share |\n"
+          "|---|---|---|---|---|---|")
     calls = [(script, "mnist" if REAL else "glyphs") for script in SCRIPTS]
     for script, data in calls + [("vrnn", "pendigits"), ("vrnn", "speech")][:2 if REAL else 0]:
         for counter in (FlopCounterMode(display=False), contextlib.nullcontext()):
@@ -831,20 +844,7 @@ def main(names):
     if unknown := set(names) - set(tests):
         print(f"test_all.py: no test is named {' or '.join(unknown)}", file=sys.stderr)
         return 2
-    counts = {"passed": 0, "failed": 0, "skipped": 0}
-    for name in names or tests:
-        began, result = time.time(), "passed"
-        try:
-            tests[name]()
-        except unittest.SkipTest as skip:
-            result = "skipped"
-            print(f"skip: {skip}")
-        except (Exception, SystemExit):
-            result = "failed"
-            traceback.print_exc()
-        counts[result] += 1
-        print(f"{result}  {name}  {time.time() - began:.1f} s", flush=True)
-    print(", ".join(f"{n} {result}" for result, n in counts.items()))
-    return int(counts["failed"] > 0)
+    suite = unittest.TestSuite(unittest.FunctionTestCase(tests[name]) for name in names or tests)
+    return not unittest.TextTestRunner(verbosity=2).run(suite).wasSuccessful()
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

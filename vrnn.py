@@ -33,7 +33,7 @@ def flags():
     p.add_argument("--prior", choices=("learned", "standard"), default="learned", help="of z_t")
     p.add_argument("--mixtures", type=common.at_least(1), help="components; None: pen 20, else 1")
     p.add_argument("--conditional", action="store_true", help="given the label")
-    p.add_argument("--digits", help="labels to sample, such as 2718, one row each; None: all")
+    p.add_argument("--classes", "--digits", nargs="+", help="to draw, such as 2718, or by name")
     p.add_argument("--temperature", type=common.at_least(1e-6, float), default=1.0, help="1: model")
     return p
 
@@ -253,10 +253,9 @@ def moves(strokes, file):
 
 def glyph_strokes(root):    # outlines in matplotlib's fonts, distorted: integers, about 100 high
     import common, numpy as np
-    from matplotlib.textpath import FontProperties, TextPath
+    from matplotlib.textpath import TextPath
     random = np.random.default_rng(0)
-    fonts = [FontProperties(fname=font) for font in common.glyph_fonts()]
-    paths = [[TextPath((0, 0), str(digit), 140, font) for digit in range(10)] for font in fonts]
+    paths = [[TextPath((0, 0), d, 140, f) for d in "0123456789"] for f in common.glyph_fonts()]
     for i in range(6000):
         digit, matrix = random.integers(10), np.eye(2) + random.uniform(-0.2, 0.2, (2, 2))
         strokes = []
@@ -335,13 +334,14 @@ def frames(file, rate=8000, size=200):    # (T, size) samples, channels' mean; z
             channels, width, old_rate, n = sound.getparams()[:4]
             data = bytearray(sound.readframes(n))
     except (wave.Error, EOFError, OSError) as error:
-        raise ValueError(f"{file}: not a WAV file: {error!r}")
+        raise ValueError(f"{file}: not WAV, {error!r}; try ffmpeg -i {file} -c:a pcm_s16le NEW.wav")
     n = len(data) // (width * channels)
     new = max(int(n > 0), round(n * rate / max(1, old_rate)))
-    if width != 2 or channels > 2 or not 0 < new <= 2000 * size:
-        raise ValueError(f"{file}: {8 * width} bit, {channels} channels, {new} samples at {rate} Hz"
-                         f"; must be 16 bit, mono or stereo, 1 to {2000 * size} samples")
-    x = torch.frombuffer(data, dtype=torch.int16, count=n * channels).view(n, -1).float().mean(1)
+    if not 0 < new <= 2000 * size:
+        raise ValueError(f"{file}: {new} samples at {rate} Hz; must be 1 to {2000 * size}")
+    x = torch.frombuffer(data, dtype=torch.uint8, count=n * channels * width).view(-1, width)
+    x = x[:, -2:] if width > 1 else F.pad(x ^ 128, (1, 0))    # 16 of 8 (unsigned) to 32 bits
+    x = x.contiguous().view(torch.int16).view(n, -1).float().mean(1)
     if new != n:    # by its spectrum: what the new rate can't hold is left out
         x = torch.fft.irfft(torch.fft.rfft(x)[:new // 2 + 1], new) * (new / n)
     return F.pad(x, (0, -new % size)).view(-1, size)
@@ -398,13 +398,13 @@ def main(argv=None):
     # flags, data and model
     args = common.parse(flags(), argv)
     data = types.SimpleNamespace(**args.run.saved) if args.sample else read_data(args)
-    classes = len(data.classes) if args.conditional else 0
-    labels = "0123456789"[:classes]
-    if (args.conditional and not classes) or not set(args.digits or "") <= set(labels):
-        common.fail(f"--conditional needs labels; --digits needs it, and some of '{labels}'")
+    labels = data.classes if args.conditional else []
+    asked = sum(([word] if word in labels else [*word] for word in args.classes or labels), [])
+    if (args.conditional and not labels) or not set(asked) <= set(labels):
+        common.fail(f"--conditional needs labels; --classes needs it, and some of {labels}")
     def pictures(model, folder, n=None):    # a row of 8 per digit; or n in rows of 8
         torch.manual_seed(args.seed)
-        y = torch.tensor([int(d) for d in args.digits or labels or "0123456789"])
+        y = torch.tensor([labels.index(name) for name in asked] or 10 * [0])
         y = y.repeat(n + 7)[:math.ceil(n / 8) * 8] if n else y.repeat_interleave(8)
         given = None if model.label is None else y.to(args.device)
         draw_pictures(*model.sample(data.steps, len(y), given, args.temperature), data, folder)
@@ -414,8 +414,8 @@ def main(argv=None):
                              "speech": ("gaussian", 1, 60, 32)}[data.kind]
     for name, value in zip(("mixtures", "epochs", "batch_size"), defaults):
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    model_args = dict(x_dim=data.train.frames.shape[1], likelihood=likelihood, num_classes=classes,
-                      stop=data.kind != "rows")
+    model_args = dict(x_dim=data.train.frames.shape[1], likelihood=likelihood,
+                      num_classes=len(labels), stop=data.kind != "rows")
     for name in ("z_dim", "prior", "mixtures", "hidden", "features"):
         model_args[name] = getattr(args, name)
     model = VRNN(**model_args).to(args.device)
