@@ -334,7 +334,7 @@ def frames(file, rate=8000, size=200):    # (T, size) samples, channels' mean; z
             channels, width, old_rate, n = sound.getparams()[:4]
             data = bytearray(sound.readframes(n))
     except (wave.Error, EOFError, OSError) as error:
-        raise ValueError(f"{file}: not WAV, {error!r}; try ffmpeg -i {file} -c:a pcm_s16le NEW.wav")
+        raise ValueError(f"{file}: not a WAV file: {error!r}; try ffmpeg -i {file} NEW.wav")
     n = len(data) // (width * channels)
     new = max(int(n > 0), round(n * rate / max(1, old_rate)))
     if not 0 < new <= 2000 * size:
