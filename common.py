@@ -53,14 +53,12 @@ def parse(p, argv=None):
     """Parse; take the checkpoint's flags where none are given; choose device and seed."""
     sys.excepthook = last_words
     args = p.parse_args(argv)
-    about = {"classes": [*"0123456789"]}    # what the checkpoint knows of the data
-    run = argparse.Namespace(script=p.prog[:-3], saved=None, rank=0, world=1, note="", about=about)
+    run = argparse.Namespace(script=p.prog[:-3], saved=None, rank=0, world=1, note="", about={})
     if args.resume:
         path = Path(args.resume).expanduser()
         path = path / "checkpoint.pt" if path.is_dir() else path
         try:
-            run.saved = about | torch.load(path, map_location="cpu", weights_only=True)
-            run.saved["path"] = path
+            run.saved = torch.load(path, map_location="cpu", weights_only=True) | {"path": path}
             run.saved["script"] == run.script or fail(f"--resume {path}: not written by {p.prog}")
             p.set_defaults(**run.saved["args"] | dict(out_dir=None, device="auto", dry_run=False))
         except Exception as error:    # unpickling something else raises almost anything
@@ -102,8 +100,7 @@ def images(args):
         folder = root / kind.__name__ / "raw"
         socket.setdefaulttimeout(4)    # seconds, for each of torchvision's mirrors
         try:
-            with contextlib.redirect_stdout(sys.stderr):
-                both = [kind(root, train, download=True) for train in (True, False)]
+            both = [kind(root, train, download=True) for train in (True, False)]
             x = torch.cat([half.data[:, None] for half in both])
             y = torch.cat([half.targets for half in both])
             cuts = slice(5000, len(both[0])), slice(5000), slice(len(both[0]), None)
@@ -150,7 +147,6 @@ def binarise(x, seed=None):
     g = None if seed is None else torch.Generator().manual_seed(seed)
     noise = torch.rand(x.shape, generator=g, device="cpu" if g else x.device)
     return (noise.to(x.device) * 255 < x).float()
-
 def epoch_order(args, epoch, n, lengths=None):
     """Seed the noise; return the epoch's order of n examples, (steps, examples), on the CPU."""
     seed = hash((args.seed, epoch))
@@ -163,7 +159,6 @@ def epoch_order(args, epoch, n, lengths=None):
     torch.manual_seed(seed + args.run.rank)    # the order is common, the noise is not
     args.run.steps, args.run.size, args.run.began = len(index), size, time.time()
     return index[:, args.run.rank::args.run.world]    # this process's part, under torchrun
-
 def batches(args, epoch, *tensors):
     """An epoch's shuffled batches of tensors (N, ...)."""
     for index in epoch_order(args, epoch, len(tensors[0])).to(args.device):
@@ -181,13 +176,14 @@ def evaluate(model, *tensors, samples=1, rows=4096):
     torch.manual_seed(0)    # the same noise at every call
     k, sums = min(samples, 64, rows), []    # `rows` samples are decoded at once
     for batch in zip(*(t.split(rows // k) for t in tensors)):
+        if sys.stdout.isatty():    # about what is left
+            print(f"  evaluated {len(sums) * (rows // k)} of {len(tensors[0])}   ", end="\r")
         with torch.no_grad():
             parts = [model(*batch, k=min(k, samples - done)) for done in range(0, samples, k)]
         log_px, kl, log_w = [torch.cat(terms) for terms in zip(*parts)]
         sums.append(torch.stack([-log_px.mean(0), kl.mean(0), -log_mean_exp(log_w)]).sum(1))
     rec, kl, nll = (torch.stack(sums).cpu().double().sum(0) / len(tensors[0])).tolist()
     return {"neg_elbo": rec + kl, "rec": rec, "kl": kl} | ({"nll": nll} if samples > 1 else {})
-
 def share_gradients(model, args):
     """Under torchrun, give every process the mean of all processes' gradients."""
     if args.run.world > 1:
@@ -195,12 +191,10 @@ def share_gradients(model, args):
         flat = torch.nn.utils.parameters_to_vector(grads) / args.run.world
         torch.distributed.all_reduce(flat)
         torch.nn.utils.vector_to_parameters(flat, grads)
-
 def write(path, content):
     """Write bytes to a temporary file, then rename it: half a file never bears its name."""
     path.with_name(path.name + ".tmp").write_bytes(content)
     os.replace(path.with_name(path.name + ".tmp"), path)
-
 def new_folder(args):
     """Make args.out_dir, which must not exist, or the first free out/SCRIPT-N."""
     for n in range(1, 10**9):
@@ -211,7 +205,6 @@ def new_folder(args):
             return folder
         if args.out_dir:
             fail(f"{folder} exists; choose another --out-dir, or --resume {folder}")
-
 def trained(args, kind):
     """For --sample: the model of --resume, and a new folder for its pictures."""
     model = kind(**args.run.saved["model_args"]).to(args.device).eval().requires_grad_(False)
@@ -247,20 +240,22 @@ class Run:
         """Average the weights; keep the step's mean figures on the device."""
         self.steps.append({k: v.detach().float().mean() for k, v in figures.items()})
         done, steps, self.now = len(self.steps), self.args.run.steps, time.time()
-        rate = 1 - (1 - 1 / (self.epoch * steps + done))**13    # acts like a falling learning rate
+        self.speed = done * self.args.run.size / (self.now - self.args.run.began + 1e-9)
+        self.left = (self.now - self.began) * (self.args.epochs / (self.epoch + done / steps) - 1)
+        weight = 1 - (1 - 1 / (self.epoch * steps + done))**13    # acts like a falling lr
         for a, b in zip(self.average.state_dict().values(), self.model.state_dict().values()):
-            a.lerp_(b, rate) if a.is_floating_point() else a.copy_(b)
+            a.lerp_(b, weight) if a.is_floating_point() else a.copy_(b)
         if self.now - self.shown > (1 if sys.stdout.isatty() else 30) and self.args.run.rank == 0:
             self.shown, end = self.now, "\r" if sys.stdout.isatty() else "\n"
-            print(f"  epoch {self.epoch + 1}, step {done} of {steps}", end=end, flush=True)
+            print(f"  epoch {self.epoch + 1}, step {done} of {steps}, loss {figures['loss']:.5g},"
+                  f" {self.speed:.0f} examples/s, {self.left:.0f} s left ", end=end, flush=True)
     def end_epoch(self, valid):
         """Log and save; True if the first of the validation's figures is the best so far."""
         train = {k: torch.stack([s[k] for s in self.steps]).mean().item() for k in self.steps[0]}
         if not math.isfinite(train["loss"] + sum(p.sum() for p in self.model.parameters()).item()):
             fail(f"the loss of epoch {self.epoch + 1} is not finite; try a smaller --lr{Run.hint}")
-        speed = len(self.steps) * self.args.run.size / (self.now - self.args.run.began)
         row = {"epoch": self.epoch + 1, "seconds": time.time() - self.began,
-               "examples_per_second": speed, **{f"train_{k}": v for k, v in train.items()},
+               "examples_per_second": self.speed, **{f"train_{k}": v for k, v in train.items()},
                **{f"valid_{k}": v for k, v in valid.items()}}
         key = f"valid_{next(iter(valid))}"    # NaN is never the best
         row["best"] = row[key] <= min([r[key] for r in self.rows if r["best"]], default=math.inf)
@@ -276,8 +271,13 @@ class Run:
         lines = [",".join(row)] + [",".join(map(str, r.values())) for r in self.rows]
         write(self.dir / "log.csv", ("\n".join(lines) + "\n").encode())
         Run.hint = f"; continue with --resume {self.dir}"
-        left = row["seconds"] / self.epoch * (self.args.epochs - self.epoch)
-        print("  ".join(f"{k} {v:.5g}" for k, v in row.items()), f" {left:.0f} s left", flush=True)
+        print(*(f"{k} {v:.5g} " for k, v in row.items()), f"{self.left:.0f} s left", flush=True)
+        from matplotlib.figure import Figure
+        axes = Figure((8, 8)).subplots(2, sharex=True)
+        for ax, name in zip(axes, ("train_loss", key)):
+            ax.plot(range(1, self.epoch + 1), [r[name] for r in self.rows], ".-")
+            ax.set(xlabel="epoch", ylabel=name)
+        axes[0].figure.savefig(self.dir / "curve.png")
         return row["best"]
     def best_model(self):
         """The averaged model of the best validation, or the one that was given."""

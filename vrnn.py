@@ -25,7 +25,7 @@ speech by cosine transforms; limited log variances, correlations and gradients; 
 
 def flags():
     import common  # here, not above: a copied class needs torch alone
-    sets = ("pendigits", "iam-ondb", "speech", "wav")
+    sets = ("pendigits", "iam-ondb", "ndjson", "speech", "wav")
     p = common.parser("vrnn", __doc__, None, None, lr=4e-3, test_samples=10, datasets=sets)
     p.add_argument("--z-dim", type=common.at_least(0), default=48, help="size of z_t; 0: the RNN")
     p.add_argument("--hidden", type=common.at_least(1), default=384, help="units of the GRU")
@@ -40,7 +40,7 @@ def flags():
 if __name__ == "__main__":
     flags().parse_args()    # before torch, whose import takes seconds: --help answers at once
 
-import functools, glob, hashlib, io, math, os, re, shutil, subprocess, types, wave, zipfile
+import functools, glob, hashlib, io, json, math, os, re, shutil, subprocess, types, wave, zipfile
 import torch, torch.nn.functional as F, urllib.request, xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from torch import nn
@@ -196,8 +196,8 @@ def read_data(args):
     """train, valid and test, each a Sequences; kind, "rows", "pen" or "speech"; scale, by which
     values were divided; unit, in which they were recorded; classes, [] if there are no labels."""
     import common
-    readers = {"pendigits": pendigits, "iam-ondb": iam_ondb, "glyphs": glyph_strokes,
-               "speech": spoken_digits, "wav": wav_folder}    # yield part, sequence, label
+    readers = {"pendigits": pendigits, "iam-ondb": iam_ondb, "ndjson": drawings, "wav": wav_folder,
+               "glyphs": glyph_strokes, "speech": spoken_digits}    # yield part, sequence, label
     images = None if args.dataset in readers else common.images(args)    # sets args.dataset
     read = readers.get(args.dataset, image_rows)
     kind = {image_rows: "rows", spoken_digits: "speech", wav_folder: "speech"}.get(read, "pen")
@@ -231,17 +231,14 @@ def prepare(x, data, seed=None):    # binary rows; integers with noise: always n
     noise = data.unit / data.scale * (noise - 0.5)
     noise[..., 2:] *= data.kind != "pen"    # pen-up stays 0 or 1
     return (x + noise) @ dct(x.shape[-1], x.device) if data.kind == "speech" else x + noise
-
 @functools.cache    # copying it at every step would wait for the GPU
 def dct(n, device):    # the orthonormal cosine transform (n, n) of frames (..., n)
     k = torch.arange(n, dtype=torch.float64)
     base = torch.cos(math.pi / n * (k[:, None] + 0.5) * k) * torch.where(k > 0, 2 / n, 1 / n).sqrt()
     return base.float().to(device)
-
 def image_rows(images):
     for part, (x, y) in enumerate((images.train, images.valid, images.test)):
         yield from ((part, rows, str(c)) for rows, c in zip(x.cpu().flatten(1, 2), y.tolist()))
-
 def moves(strokes, file):
     """Lists of points (x, y) -> (T, 3) rows (dx, dy, pen-up); pen-up is 1 where a stroke ends."""
     points = [(float(x), float(y), i == len(s)) for s in strokes for i, (x, y) in enumerate(s, 1)]
@@ -250,7 +247,6 @@ def moves(strokes, file):
         raise ValueError(f"{file}: has {len(points)} points; must be 1 to 2000, and finite")
     points[:, :2] = points[:, :2].diff(dim=0, prepend=points[:1, :2])
     return points.float()
-
 def glyph_strokes(root):    # outlines in matplotlib's fonts, distorted: integers, about 100 high
     import common, numpy as np
     from matplotlib.textpath import TextPath
@@ -265,7 +261,6 @@ def glyph_strokes(root):    # outlines in matplotlib's fonts, distorted: integer
             at = np.linspace(0, length[-1], max(3, round(length[-1] / 8)))    # moves 8 long
             strokes.append(np.c_[np.interp(at, length, x), np.interp(at, length, y)].round())
         yield (i >= 5000) + (i >= 5500), moves(strokes, "glyphs"), str(digit)
-
 def pendigits(root):    # Alpaydin & Alimoglu 1998, UNIPEN text
     for name, size in (("pendigits-orig.tra", 7494), ("pendigits-orig.tes", 3498)):
         file = root / "pendigits" / name
@@ -286,14 +281,12 @@ def pendigits(root):    # Alpaydin & Alimoglu 1998, UNIPEN text
             strokes = re.findall(r"\.PEN_DOWN(.*?)\.PEN_UP", body, re.S)
             strokes = [re.findall(r"^ *(-?\d+) +(-?\d+) *$", s, re.M) for s in strokes]
             yield 2 if size == 3498 else int(i >= 6745), moves(strokes, file), label
-
 def hash_split(name):    # 0, 1 or 2: training, validation or test, 8 : 1 : 1
     return max(0, int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16) % 10 - 7)
-
 def files_below(root, ending):    # follows links to folders, skips names that begin with a dot
     files = [root / name for name in glob.glob("**", root_dir=root, recursive=True)]
     return sorted(f for f in files if f.name.lower().endswith(ending) and not f.is_dir())
-
+DOWN = torch.tensor([1, -1, 1])    # y points downwards in the files of the next two
 def iam_ondb(root):    # the user's copy, split by its three lists if all are there, else by folder
     files = [file for file in files_below(root, ".xml") if "lineStrokes" in file.parts]
     if not files:
@@ -310,8 +303,16 @@ def iam_ondb(root):    # the user's copy, split by its three lists if all are th
         except (ElementTree.ParseError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: not a file of strokes: {error}")
         if part is not None:
-            yield part, x * torch.tensor([1, -1, 1]), ""    # y points downwards in the files
-
+            yield part, x * DOWN, ""
+def drawings(root):    # a JSON object a line, in the simplified format of Quick, Draw!
+    for file in files_below(root, ".ndjson"):
+        for i, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+            try:
+                one = json.loads(line)
+                x = moves([list(zip(*stroke)) for stroke in one["drawing"]], file)
+                yield hash_split(str(one.get("key_id", i))), x * DOWN, str(one["word"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{file}: line {i} is no drawing: {error!r}")
 def spoken_digits(root):    # Free Spoken Digit Dataset: recordings 0-4 test, 5-9 validation
     folder = root / "free-spoken-digit-dataset-1.0.10" / "recordings"
     pattern = r"([0-9])_\w+_([0-9]+)\.wav"
@@ -322,12 +323,10 @@ def spoken_digits(root):    # Free Spoken Digit Dataset: recordings 0-4 test, 5-
     for file in sorted(folder.iterdir()):
         if name := re.fullmatch(pattern, file.name):
             yield 2 - min(int(name[2]) // 5, 2), frames(file), name[1]
-
 def wav_folder(root):    # if all WAV files are in sub-folders, those are the classes
     for file in files_below(root, ".wav"):
         name = file.relative_to(root)
         yield hash_split(name.as_posix()), frames(file), name.parts[0] if name.parts[1:] else ""
-
 def frames(file, rate=8000, size=200):    # (T, size) samples, channels' mean; zeros fill the end
     try:
         with wave.open(str(file)) as sound:
@@ -345,7 +344,6 @@ def frames(file, rate=8000, size=200):    # (T, size) samples, channels' mean; z
     if new != n:    # by its spectrum: what the new rate can't hold is left out
         x = torch.fft.irfft(torch.fft.rfft(x)[:new // 2 + 1], new) * (new / n)
     return F.pad(x, (0, -new % size)).view(-1, size)
-
 def download(url, folder, members, sha256):    # from a zip; sha256 is of sorted names and contents
     import common
     try:
@@ -361,8 +359,8 @@ def download(url, folder, members, sha256):    # from a zip; sha256 is of sorted
     for name, data in content.items():
         common.write(folder / name, data)
 
-def draw_pictures(x, lengths, data, folder, columns=8):
-    """samples.png of x (T, B, D); of speech also spectrograms.png and sounds/ROW_COLUMN.wav."""
+def draw_pictures(x, lengths, names, data, folder, columns=8):
+    """samples.png of x (T, B, D); for speech spectrograms.png and sounds/ROW_COLUMN.wav as well."""
     from matplotlib.figure import Figure
     from torchvision.utils import save_image
     x = x[:lengths.max()].transpose(0, 1).cpu()
@@ -388,7 +386,8 @@ def draw_pictures(x, lengths, data, folder, columns=8):
                 file.writeframes(x[i, :200 * n].to(torch.int16).numpy().tobytes())
         points = points - (points.amax(0) + points.amin(0)) / 2
         size = points.abs().max() if data.kind == "pen" else points.abs().amax(0)
-        points = 0.4 * points / size.clamp(min=1e-9) + torch.tensor([column, -row])
+        ax.text(column, 0.37 - row, names[i], size=7, ha="center", parse_math=False)
+        points = 0.35 * points / size.clamp(min=1e-9) + torch.tensor([column, -row])
         for stroke in points.tensor_split(ends):
             ax.plot(*stroke.T, "k-" if len(stroke) > 1 else "k.", linewidth=0.7, markersize=2)
     ax.figure.savefig(folder / "samples.png")
@@ -407,7 +406,8 @@ def main(argv=None):
         y = torch.tensor([labels.index(name) for name in asked] or 10 * [0])
         y = y.repeat(n + 7)[:math.ceil(n / 8) * 8] if n else y.repeat_interleave(8)
         given = None if model.label is None else y.to(args.device)
-        draw_pictures(*model.sample(data.steps, len(y), given, args.temperature), data, folder)
+        x, lengths = model.sample(data.steps, len(y), given, args.temperature)
+        draw_pictures(x, lengths, [labels[i] if labels else "" for i in y], data, folder)
     if args.sample:    # needs no data
         return pictures(*common.trained(args, VRNN), args.sample)
     likelihood, *defaults = {"rows": ("bernoulli", 1, 7, 128), "pen": ("pen", 20, 30, 48),
