@@ -3,27 +3,24 @@
 # dependencies = ["torch>=2.7", "torchvision", "numpy", "matplotlib"]
 # ///
 """Conditional DRAW: DRAW (Gregor et al. 2015) given a label y, which encoder and decoder see.
-
     generation   z_t ~ N(0, I),   h_dec_t = LSTM([z_t, y], h_dec_{t-1}),
                  c_t = c_{t-1} + write(h_dec_t),   x|z, y ~ Bernoulli(sigmoid(c_T))
     inference    x_hat_t = x - sigmoid(c_{t-1}),   r_t = read(x, x_hat_t, h_dec_{t-1})
                  h_enc_t = LSTM([r_t, h_dec_{t-1}, y], h_enc_{t-1})
                  q(z_t|x, y, z_{<t}) = N(mu(h_enc_t), diag sigma(h_enc_t)^2)
     bound        log p(x|y) >= E_q[log p(x|z, y) - sum_t KL(q(z_t|x, y, z_{<t}) || p(z_t))]
-With --prior learned, p(x, z|y) = p(x|z, y) prod_t p(z_t|z_{<t}, y): in the bound,
-p(z_t|z_{<t}, y) = N(mu_p(h_dec_{t-1}), diag sigma_p(h_dec_{t-1})^2) takes the place of p(z_t). The
-label reaches it through h_dec_{t-1}, for t > 1. Equation numbers below are those of the paper.
-
+With --prior learned, p(x, z|y) = p(x|z, y) prod_t p(z_t|z_{<t}, y): in the bound p(z_t) becomes
+p(z_t|z_{<t}, y) = N(mu_p(h_dec_{t-1}), diag sigma_p(h_dec_{t-1})^2), which knows y for t > 1.
     python cdraw.py
     python cdraw.py --resume out/cdraw-1 --sample 8 --digits 31415926    # draw these; no data
 Measured, MNIST, seed 0, --batch-size 100 --epochs 20, an earlier revision: a test -ELBO of 81.47.
-Deviations from the paper: the label, a one-hot vector, and those of draw.py.
+Deviations from the paper, whose equations are numbered below: the label, one-hot; those of draw.py.
 """
 
 def flags():
     import common  # here, not above: a copied class needs torch alone
-    p = common.parser("cdraw", __doc__, epochs=40, batch_size=128, lr=2e-3, test_samples=50)
-    p.add_argument("--glimpses", type=common.at_least(1), default=32, help="time steps")
+    p = common.parser("cdraw", __doc__, epochs=40, batch_size=64, lr=2e-3, test_samples=50)
+    p.add_argument("--glimpses", type=common.at_least(1), default=32, help="time steps in the end")
     p.add_argument("--read-size", type=common.at_least(1), default=5, help="filters per side")
     p.add_argument("--write-size", type=common.at_least(1), default=5, help="filters per side")
     p.add_argument("--no-attention", dest="attention", action="store_false", help="whole images")
@@ -36,7 +33,6 @@ def flags():
 
 if __name__ == "__main__":
     flags().parse_args()    # before torch, whose import takes seconds: --help answers at once
-
 import math
 import torch
 from torch import nn
@@ -72,8 +68,7 @@ class CDRAW(nn.Module):
     shape: (C, H, W) of the images. num_classes: of labels. glimpses: time steps T. read_size,
     write_size: filters per side of the windows. attention=False reads and writes whole images.
     prior: "standard", z_t ~ N(0, I), or "learned", else ValueError. z_dim: size of z_t. hidden:
-    units of each LSTM.
-    """
+    units of each LSTM."""
 
     def __init__(self, shape=(1, 28, 28), num_classes=10, glimpses=32, read_size=5, write_size=5,
                  attention=True, prior="standard", z_dim=100, hidden=256):
@@ -105,6 +100,11 @@ class CDRAW(nn.Module):
         if attention:
             self.read_window.bias.data = tiled_window(read_size, max(height, width))
             self.write_window.bias.data = tiled_window(write_size, max(height, width))
+
+    def get_extra_state(self):    # saved with the weights, as the first epochs take fewer glimpses
+        return torch.tensor(self.glimpses)
+    def set_extra_state(self, glimpses):
+        self.glimpses = int(glimpses)
 
     def read(self, x, x_hat, h_dec):
         """The glimpse r (B, .) of image and error image, both (B, C, H, W)."""
@@ -155,8 +155,7 @@ class CDRAW(nn.Module):
     @torch.no_grad()
     def sample(self, y, temperature=1.0, with_windows=False):
         """Images of labels y (n,): the canvas after every step, as means (T, n, C, H, W).
-        temperature scales sigma of z. with_windows adds a list of T windows' parameters (n, 5).
-        """
+        temperature scales sigma of z. with_windows adds a list of T windows' parameters (n, 5)."""
         _, _, h_dec, cell_dec = self.start.expand(-1, len(y), -1)
         canvas = self.canvas.expand(len(y), -1, -1, -1)
         y = nn.functional.one_hot(y, self.num_classes).to(canvas.dtype)
@@ -193,7 +192,6 @@ def draw_pictures(canvases, windows, folder, most=10):
 
 def main(argv=None):
     import common
-
     # flags, data and model
     args = common.parse(flags(), argv)
     data = None if args.sample else common.images(args)
@@ -207,9 +205,9 @@ def main(argv=None):
         y = torch.tensor((digits * args.sample)[:args.sample], device=args.device)
         return draw_pictures(*model.sample(y, args.temperature, True), folder, args.sample)
     drawn = torch.tensor(digits if args.classes else 4 * digits, device=args.device)
-    model_args = dict(shape=data.shape, num_classes=data.num_classes)
-    for name in ("glimpses", "read_size", "write_size", "attention", "prior", "z_dim", "hidden"):
-        model_args[name] = getattr(args, name)
+    options = "glimpses", "read_size", "write_size", "attention", "prior", "z_dim", "hidden"
+    model_args = {name: getattr(args, name) for name in options}
+    model_args.update(shape=data.shape, num_classes=data.num_classes)
     model = CDRAW(**model_args).to(args.device)
     model.canvas.data = (data.train[0].float().mean(0) / 255).clamp(0.003, 0.997).logit()
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
@@ -218,6 +216,8 @@ def main(argv=None):
     x_valid, y_valid = common.binarise(data.valid[0], seed=1), data.valid[1]
     run = common.Run(args, model, model_args, optimizer)
     for epoch in range(run.epoch, args.epochs):
+        model.glimpses = min(args.glimpses, 8 * (1 + epoch // 4))    # fewer at first: sooner good
+        run.average.glimpses = model.glimpses
         for x, y in common.batches(args, epoch, *data.train):
             log_px, kl, _ = model(common.binarise(x), y)
             loss = (kl - log_px).mean()
