@@ -15,7 +15,6 @@
 
 Measured, MNIST, seed 0: `python vae.py` ends at a test -ELBO of 90.74 and -log p(x) of 87.11 nats
 (5,000 importance samples), torch 2.14, after 57 minutes on a third of a slow core.
-
 Deviations from the paper: gated or residual layers instead of tanh, larger networks, Adam instead
 of Adagrad, clipped gradients, log variances of q within [-14, 14]; tests and samples use a running
 average of the weights. The best epoch is that of the smallest -ELBO, with --iw, too.
@@ -35,7 +34,6 @@ def flags():
 
 if __name__ == "__main__":
     flags().parse_args()    # before torch, whose import takes seconds: --help answers at once
-
 import math
 import torch
 import torch.nn.functional as F
@@ -88,16 +86,14 @@ class VAE(nn.Module):
 
     shape: (C, H, W) of the images. hidden: units of the gated layers. likelihood: "bernoulli", or
     "gaussian" for N(f(z), sigma^2 I), else ValueError. channels: of convolutions at half and
-    at quarter size, instead of gated layers.
-    """
+    at quarter size, instead of gated layers."""
 
     def __init__(self, shape=(1, 28, 28), hidden=(300, 300), z_dim=40, likelihood="bernoulli",
                  channels=None, sigma=1.0):
         super().__init__()
         if likelihood not in ("bernoulli", "gaussian"):
             raise ValueError(f'likelihood is "bernoulli" or "gaussian", not {likelihood!r}')
-        self.shape, self.z_dim, self.likelihood = tuple(shape), z_dim, likelihood
-        self.sigma = sigma
+        self.shape, self.z_dim, self.likelihood, self.sigma = tuple(shape), z_dim, likelihood, sigma
         hidden = [hidden] if isinstance(hidden, int) else list(hidden)
         pixels = math.prod(shape)
         if channels:
@@ -139,8 +135,8 @@ class VAE(nn.Module):
         return self.decode(z.to(next(self.parameters())))
 
 @torch.no_grad()
-def draw_pictures(model, x, folder, n=100):
-    """n samples; if there is x (B, C, H, W), reconstructions, interpolations, a 2-d z's plane."""
+def draw_pictures(model, x, y, folder, n=100):
+    """n samples; of images x with labels y reconstructions, interpolations, a 2-d z's plane."""
     from torchvision.utils import save_image
     def save(name, images, columns):
         images = images.clamp(0, 1).repeat_interleave(3, 2).repeat_interleave(3, 3)
@@ -156,15 +152,19 @@ def draw_pictures(model, x, folder, n=100):
     if model.z_dim == 2:    # figure 4 of the paper: the plane through the Gaussian's quantiles
         quantiles = torch.special.ndtri(torch.linspace(0.025, 0.975, 20, device=x.device))
         save("manifold", model.decode(torch.cartesian_prod(-quantiles, quantiles).flip(1)), 20)
+        from matplotlib.figure import Figure
+        ax = Figure((8, 8)).subplots()
+        places, _ = model.encode(x[:5000])
+        ax.figure.colorbar(ax.scatter(*places.T.cpu(), 5, y[:5000].cpu(), cmap="tab10"))
+        ax.figure.savefig(folder / "places.png")
 
 def main(argv=None):
     import common
-
     # flags, data and model
     args = common.parse(flags(), argv)
     if args.sample:    # needs no data
         model, folder = common.trained(args, VAE)
-        return draw_pictures(model, None, folder, args.sample)
+        return draw_pictures(model, None, None, folder, args.sample)
     data = common.images(args)
     model_args = dict(shape=data.shape, hidden=args.hidden, z_dim=args.z_dim,
                       likelihood=args.likelihood, channels=args.channels, sigma=args.sigma)
@@ -188,13 +188,13 @@ def main(argv=None):
             optimizer.step()
             run.after_step(loss=loss, rec=-log_px, kl=kl)    # averages weights, keeps the figures
         if run.end_epoch(common.evaluate(run.average, x_valid)):    # logs, saves; if best
-            draw_pictures(run.average, x_valid, run.dir)
+            draw_pictures(run.average, x_valid, data.valid[1], run.dir)
 
     # test and pictures
     model = run.best_model()
     x_test = pixels(data.test[0], seed=2)
     run.finish(common.evaluate(model, x_test, samples=args.test_samples))
-    draw_pictures(model, x_test, run.dir)
+    draw_pictures(model, x_test, data.test[1], run.dir)
 
 if __name__ == "__main__":
     main()
