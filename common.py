@@ -176,7 +176,7 @@ def evaluate(model, *tensors, samples=1, rows=4096):
     torch.manual_seed(0)    # the same noise at every call
     k, sums = min(samples, 64, rows), []    # `rows` samples are decoded at once
     for batch in zip(*(t.split(rows // k) for t in tensors)):
-        if sys.stdout.isatty():    # about what is left
+        if sys.stdout.isatty():    # a live line
             print(f"  evaluated {len(sums) * (rows // k)} of {len(tensors[0])}   ", end="\r")
         with torch.no_grad():
             parts = [model(*batch, k=min(k, samples - done)) for done in range(0, samples, k)]
