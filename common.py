@@ -3,8 +3,7 @@ import argparse, atexit, contextlib, copy, io, json, math, os, socket, statistic
 from pathlib import Path
 
 class Lazy:    # importing torch takes seconds, and --help should not
-    def __getattr__(self, name):
-        return getattr(__import__("torch"), name)
+    __getattr__ = lambda self, name: getattr(__import__("torch"), name)
 torch = Lazy()
 
 def fail(message):
@@ -19,7 +18,6 @@ def last_words(kind, error, trace):
     if issubclass(kind, OSError):
         fail(f"{error}; no file was left half written")
     sys.__excepthook__(kind, error, trace)
-
 def at_least(low, kind=int):
     """An argparse type: a number from `low` to 2**63, whole unless kind=float."""
     def number(text):    # argparse's own message for 'x': invalid number value
@@ -27,7 +25,6 @@ def at_least(low, kind=int):
             return kind(text)
         raise argparse.ArgumentTypeError(f"must be a number of at least {low}, not {text}")
     return number
-
 def parser(script, doc, epochs, batch_size, lr, test_samples, datasets=()):
     """The flags of every script; the defaults are the script's own."""
     bases = argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
@@ -48,7 +45,6 @@ def parser(script, doc, epochs, batch_size, lr, test_samples, datasets=()):
     add("--dry-run", action="store_true", help="one batch of everything, to see it work")
     add("--test-samples", type=at_least(1), default=test_samples, help="importance samples, test")
     return p
-
 def parse(p, argv=None):
     """Parse; take the checkpoint's flags where none are given; choose device and seed."""
     sys.excepthook = last_words
@@ -92,6 +88,7 @@ def images(args):
     if name == "folder":    # own images, in a sub-folder per class
         steps = transforms.Grayscale(), transforms.Resize([args.image_size] * 2)
         found = datasets.ImageFolder(root, transforms.Compose([*steps, transforms.PILToTensor()]))
+        found.imgs[:] = [one for one in found.imgs if f"{os.sep}." not in one[0][len(str(root)):]]
         tens = [zlib.crc32(os.fsencode(os.path.relpath(path, root))) % 10 for path, _ in found.imgs]
         x, y = [torch.stack([torch.as_tensor(v) for v in values]) for values in zip(*found)]
         cuts = [torch.tensor(tens).clamp(max=2) == part for part in (2, 1, 0)]
@@ -115,8 +112,9 @@ def images(args):
         (x, y), cuts = glyph_images(24_000), (slice(4000, None), slice(2000), slice(2000, 4000))
     if not all(len(x[cut]) for cut in cuts):
         fail(f"{root}: {len(x)} images of {name} are too few to train, validate and test")
-    classes = found.classes if name == "folder" else [str(c) for c in range(int(y.max()) + 1)]
-    args.run.about = {"classes": classes}
+    kept, y = y.unique(return_inverse=True)    # no classes of hidden folders
+    classes = [found.classes[c] if name == "folder" else str(c) for c in kept.tolist()]
+    args.run.about = {"classes": classes, "examples": len(x)}
     args.dataset, n = name, args.batch_size if args.dry_run else None
     train, valid, test = [(x[c][:n].to(args.device), y[c][:n].to(args.device)) for c in cuts]
     return argparse.Namespace(train=train, valid=valid, test=test, shape=(1, *x.shape[2:]),
@@ -170,7 +168,6 @@ def gaussian_kl(mu_q, logvar_q, mu_p, logvar_p):
 def log_mean_exp(log_w, dim=0):
     """The importance-weighted bound (Burda et al. 2016, eq. 8) of log weights along `dim`."""
     return log_w.logsumexp(dim) - math.log(log_w.shape[dim])
-
 def evaluate(model, *tensors, samples=1, rows=4096):
     """Mean neg_elbo, rec, kl, and nll if samples > 1, nats; model(*tensors, k=k): three (k, B)."""
     torch.manual_seed(0)    # the same noise at every call
@@ -224,6 +221,9 @@ class Run:
         if saved := args.run.saved:
             if (saved["model_args"], saved["args"]["dataset"]) != (model_args, args.dataset):
                 fail(f"--resume: trained on {saved['args']['dataset']} with {saved['model_args']}")
+            changed = [k for k, v in args.run.about.items() if saved.get(k, v) != v]
+            if changed and not args.dry_run:
+                args.run.note += f"NOT THE CHECKPOINT'S DATA: {', '.join(changed)} changed\n"
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             optimizer.param_groups[0]["lr"] = args.lr

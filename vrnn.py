@@ -213,13 +213,13 @@ def read_data(args):
     names = [] if "" in labels else sorted(labels)
     n = (args.batch_size or 32) if args.dry_run else None
     train, valid, test = [Sequences(p[:n], args.device, args.conditional and names) for p in parts]
-    scale, columns = 1.0, 2 if kind == "pen" else None    # not pen-up
+    rms, scale, columns = 1.0, 1.0, 2 if kind == "pen" else None    # not pen-up
     if kind != "rows":
-        scale = float(train.frames[:, :columns].square().mean().sqrt()) or 1.0
-        scale = args.run.saved["scale"] if args.run.saved else scale    # a resumed model's own
+        rms = float(f"{train.frames[:, :columns].cpu().double().square().mean().sqrt():.6g}")
+        scale = args.run.saved["scale"] if args.run.saved else rms or 1.0    # its model's own
         for part in (train, valid, test):
             part.frames[:, :columns] /= scale
-    args.run.about = dict(kind=kind, scale=scale, unit=float(kind != "rows"), rate=8000,
+    args.run.about = dict(kind=kind, scale=scale, rms=rms, unit=float(kind != "rows"), rate=8000,
                           classes=names, steps=int(train.lengths.max()))
     return types.SimpleNamespace(train=train, valid=valid, test=test, **args.run.about)
 
