@@ -216,7 +216,7 @@ def main(argv=None):
     x_valid, y_valid = common.binarise(data.valid[0], seed=1), data.valid[1]
     run = common.Run(args, model, model_args, optimizer)
     for epoch in range(run.epoch, args.epochs):
-        model.glimpses = min(args.glimpses, 8 * (1 + epoch // 4))    # fewer at first: faster
+        model.glimpses = min(args.glimpses, 4 * (1 + epoch // 2))    # fewer at first: faster
         run.average.glimpses = model.glimpses
         for x, y in common.batches(args, epoch, *data.train):
             log_px, kl, _ = model(common.binarise(x), y)

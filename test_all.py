@@ -761,8 +761,8 @@ def test_own_images_are_made_grey_and_square_and_split_by_name():
         for script in SCRIPTS:
             train(script, "--dataset folder --data-dir in --image-size 20 --dry-run", real)
         train("cdraw", "--resume out/cdraw-1 --sample 3 --classes \u00e9 'o k'", None)
-        train("draw", "--glimpses 9 --dry-run")    # but 8 in the first epochs
-        assert load("out/draw-2/best.pt")["model"]["_extra_state"] == 8
+        train("draw", "--glimpses 9 --dry-run")    # but 4 in the first two epochs
+        assert load("out/draw-2/best.pt")["model"]["_extra_state"] == 4
         train("cdraw", f"--resume {HERE}/.github/weights/cdraw.pt --sample 2 --digits 31", None)
         assert "some of 12, o k" in outcome("cdraw", "--resume out/cdraw-1 --classes 3", real)[1]
 def test_sequences_are_padded_per_batch_and_image_rows_are_rows():
