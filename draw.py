@@ -16,7 +16,7 @@ p(z_t|z_{<t}) = N(mu_p(h_dec_{t-1}), diag sigma_p(h_dec_{t-1})^2) takes the plac
     python draw.py
     python draw.py --glimpses 64 --read-size 2 --write-size 5    # the paper's sizes
     python draw.py --epochs 0 --resume out/draw-1    # test and draw; --sample 8: draw only, no data
-Measured, MNIST, seed 0, an earlier revision: a test -ELBO of 83.52 nats in 53 minutes, two cores.
+Measured, MNIST, seed 0: --epochs 17 has a test -ELBO of 86.63; an earlier revision, 40, of 83.52.
 Deviations from the paper, to learn faster: two epochs each with 4, 8, 12, ..., then 32 glimpses;
 5x5 windows to read with; weights are averaged; c_0 starts as the mean image, windows as large as
 the image. Pixels are binarised anew; log variances, strides, intensities, gradients are limited.
