@@ -567,8 +567,8 @@ def test_two_processes_share_gradients_and_nothing_else():
 PATHS = {"vae": ["", "--likelihood gaussian --z-dim 2", "--channels 2 3 --iw 3"],
          "cvae": ["", "--condition quadrants --quadrants 2", "--condition quadrants --z-dim 0"],
          "ssl_vae": ["", "--auxiliary --no-augment", "--supervised-only"],
-         "draw": ["", "--no-attention --prior learned", "--read-size 1 --write-size 28"],
-         "cdraw": ["", "--no-attention --prior learned", "--read-size 1 --write-size 28"],
+         "draw": ["", "--no-attention --prior standard", "--read-size 1 --write-size 28"],
+         "cdraw": ["", "--no-attention --prior standard", "--read-size 1 --write-size 28"],
          "vrnn": ["", "--conditional --digits 27 --temperature 2", "--prior standard", "--z-dim 0"]}
 def run_script(script, flags, **options):
     command = [sys.executable, str(HERE / f"{script}.py"), *flags.split()]
