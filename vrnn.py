@@ -360,7 +360,7 @@ def download(url, folder, members, sha256):    # from a zip; sha256 is of sorted
         common.write(folder / name, data)
 
 def draw_pictures(x, lengths, names, data, folder, columns=8):
-    """samples.png of x (T, B, D); for speech spectrograms.png and sounds/ROW_COLUMN.wav as well."""
+    """samples.png of x (T, B, D); of speech spectrograms.png, bass below, sounds/ROW_COLUMN.wav."""
     from matplotlib.figure import Figure
     from torchvision.utils import save_image
     x = x[:lengths.max()].transpose(0, 1).cpu()
