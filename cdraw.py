@@ -27,7 +27,7 @@ def flags():
     p.add_argument("--prior", choices=("standard", "learned"), default="learned", help="of z_t")
     p.add_argument("--z-dim", type=common.at_least(1), default=100, help="size of z_t")
     p.add_argument("--hidden", type=common.at_least(1), default=256, help="units of each LSTM")
-    p.add_argument("--temperature", type=common.at_least(0, float), default=1.0, help="of z_t")
+    p.add_argument("--temperature", type=common.at_least(0, float), default=1.0, help="of z, t > 1")
     p.add_argument("--classes", "--digits", nargs="+", help="to draw, such as 3141, or by name")
     return p
 
@@ -155,14 +155,14 @@ class CDRAW(nn.Module):
     @torch.no_grad()
     def sample(self, y, temperature=1.0, with_windows=False):
         """Images of labels y (n,): the canvas after every step, as means (T, n, C, H, W).
-        temperature scales sigma of z. with_windows adds a list of T windows' parameters (n, 5)."""
+        temperature scales sigma of z_t, t > 1. with_windows adds a list of T windows (n, 5)."""
         _, _, h_dec, cell_dec = self.start.expand(-1, len(y), -1)
         canvas = self.canvas.expand(len(y), -1, -1, -1)
         y = nn.functional.one_hot(y, self.num_classes).to(canvas.dtype)
         canvases, windows = [], []
         for _ in range(self.glimpses):
             mu, logvar = self.prior(h_dec).chunk(2, 1)
-            std = temperature * (0.5 * logvar.clamp(-14, 14)).exp()
+            std = (temperature if canvases else 1.0) * (0.5 * logvar.clamp(-14, 14)).exp()
             z = mu + std * torch.randn_like(mu)
             h_dec, cell_dec = self.decoder(torch.cat([z, y], 1), (h_dec, cell_dec))
             canvas = canvas + self.write(h_dec)

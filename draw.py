@@ -32,7 +32,7 @@ def flags():
     p.add_argument("--prior", choices=("standard", "learned"), default="learned", help="of z_t")
     p.add_argument("--z-dim", type=common.at_least(1), default=100, help="size of z_t")
     p.add_argument("--hidden", type=common.at_least(1), default=256, help="units of each LSTM")
-    p.add_argument("--temperature", type=common.at_least(0, float), default=1.0, help="of z_t")
+    p.add_argument("--temperature", type=common.at_least(0, float), default=1.0, help="of z, t > 1")
     return p
 
 if __name__ == "__main__":
@@ -154,13 +154,13 @@ class DRAW(nn.Module):
     @torch.no_grad()
     def sample(self, n, temperature=1.0, with_windows=False):
         """n images: the canvas after every step, as means (T, n, C, H, W). temperature scales sigma
-        of z. with_windows adds a list of T write windows' parameters (n, 5), if any."""
+        of z_t for t > 1. with_windows adds a list of T write windows' parameters (n, 5), if any."""
         _, _, h_dec, cell_dec = self.start.expand(-1, n, -1)
         canvas = self.canvas.expand(n, -1, -1, -1)
         canvases, windows = [], []
         for _ in range(self.glimpses):
             mu, logvar = self.prior(h_dec).chunk(2, 1)
-            std = temperature * (0.5 * logvar.clamp(-14, 14)).exp()
+            std = (temperature if canvases else 1.0) * (0.5 * logvar.clamp(-14, 14)).exp()
             h_dec, cell_dec = self.decoder(mu + std * torch.randn_like(mu), (h_dec, cell_dec))
             canvas = canvas + self.write(h_dec)
             canvases.append(canvas.sigmoid())
