@@ -9,7 +9,7 @@
 """
 import ast, contextlib, csv, functools, gzip, hashlib, http.server, importlib, inspect, io
 import itertools, json, math, multiprocessing, os, pty, random, re, resource, shlex, shutil, signal
-import struct, subprocess, sys, tempfile, threading, time, unittest, wave
+import struct, subprocess, sys, tempfile, threading, time, unittest
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,8 +27,7 @@ draw_glyphs, draw_strokes, read_data = common.glyph_images, vrnn.glyph_strokes, 
 patched = mock.patch.object
 raises = unittest.TestCase().assertRaisesRegex
 glyphs = functools.cache(lambda: draw_glyphs(2400))
-no_noise = functools.partial(mock.patch.multiple, torch, randn=torch.zeros,
-                             randn_like=torch.zeros_like)
+no_noise = lambda: mock.patch.multiple(torch, randn=torch.zeros, randn_like=torch.zeros_like)
 load = functools.partial(torch.load, weights_only=True)
 identical = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 def close(a, b, tol=1e-5):
@@ -44,8 +43,7 @@ def folder():    # an empty one, to work in
 def recorded(m, *names):    # lists that fill with (inputs, output) of modules of m
     seen = {name: [] for name in names}
     for name in names:
-        record = lambda _, inputs, output, name=name: seen[name].append((inputs, output))
-        getattr(m, name).register_forward_hook(record)
+        getattr(m, name).register_forward_hook(lambda _, i, o, name=name: seen[name].append((i, o)))
     return seen
 def tiny_images(args):    # stands for common.images
     args.dataset, args.run.about, (x, y) = "glyphs", {"classes": [*"0123456789"]}, glyphs()
@@ -56,7 +54,7 @@ def tiny_images(args):    # stands for common.images
 def tiny_strokes(root):    # stands for vrnn.glyph_strokes
     few = itertools.islice(draw_strokes(root), 170)
     return [(int(i >= 100) + int(i >= 130), x[:25], label) for i, (_, x, label) in enumerate(few)]
-SMALL = {"vae": "--hidden 16 --z-dim 4", "cvae": "--hidden 16 --z-dim 4",
+SMALL = {**dict.fromkeys(("vae", "cvae"), "--hidden 16 --z-dim 4"),
          "ssl_vae": "--hidden 16 --channels 2 3 4 --z-dim 4 --labels 20",
          **dict.fromkeys(("draw", "cdraw"), "--hidden 16 --z-dim 4 --glimpses 3"),
          "vrnn": "--hidden 16 --features 16 --z-dim 4 --mixtures 2 --dataset glyphs"}
@@ -210,12 +208,11 @@ def test_importance_weighted_bound_and_evaluate():
     assert abs(bounds[0] - (log_px - kl).mean()) < 0.02 and bounds[3] - bounds[0] > 0.05, bounds
     assert all(b > a for a, b in zip(bounds, bounds[1:])), bounds
     counting = mock.Mock(side_effect=m)
-    one, many, again = [common.evaluate(counting, x, samples=2000, rows=rows)
-                        for rows in (64, 4096, 4096)]
-    assert abs(one["nll"] - many["nll"]) < 0.01 and abs(one["neg_elbo"] - many["neg_elbo"]) < 0.1
+    few, many, again = [common.evaluate(counting, x, samples=999, rows=n) for n in (64, 4096, 4096)]
+    assert abs(few["nll"] - many["nll"]) < 0.01 and abs(few["neg_elbo"] - many["neg_elbo"]) < 0.1
     assert many == again, "its noise is not always the same"
     seen = [call.kwargs["k"] * len(call.args[0]) for call in counting.call_args_list]
-    assert sum(seen) == 3 * 2000 * 50 and max(seen) <= 4096
+    assert sum(seen) == 3 * 999 * 50 and max(seen) <= 4096
 def test_every_model_in_float64_and_bfloat16_and_at_extremes():
     for name, m, inputs in models(ssl=True):
         with no_noise():
@@ -291,6 +288,7 @@ def test_draw_samples_by_the_prior_that_the_bound_uses():
             zs, priors = [i[0][:, :3] for i, _ in seen["decoder"]], [p for _, p in seen["prior"]]
             sample(m, inputs)
         assert drawing.call_count == 6, f"{name}: steps share their noise"
+        assert m.sample(*inputs[1:] or [6], 0)[0].std(0).max() > 1e-3, "z_1 has no noise"
         close(priors[0], priors[0][:1].expand(6, -1))    # p(z_1) is the same for every x
         assert ((priors[2] - priors[2][0]).abs().max() > 1e-3) == ("learned" in name), name
         seen["prior"].clear()
@@ -320,18 +318,16 @@ def test_vrnn_priors_see_the_past_alone_and_the_last_step_reaches_the_first():
         seen["dec"][0][1][-1].sum().backward()
         assert (x.grad[0].abs().sum(1) > 0).all(), name
 def test_padding_is_ignored():
-    def terms_and_grads(m, *inputs):
+    def results(m, *inputs):
         terms = m(*inputs)
-        parameters = [p for p in m.parameters() if p.requires_grad]
-        return terms, torch.autograd.grad(sum(t.sum() for t in terms), parameters,
+        return terms, torch.autograd.grad(sum(t.sum() for t in terms), [*m.parameters()],
                                           allow_unused=True, materialize_grads=True)
     for name, m, (x, lengths, y) in vrnns():
         padded = torch.where(torch.arange(5)[:, None, None] < lengths[:, None], x, math.nan)
         with no_noise():
-            terms, grads = terms_and_grads(m, x, lengths, y)
-            identical(terms_and_grads(m, padded, lengths, y), (terms, grads))
-            alone = [terms_and_grads(m, x[:n, [b]], lengths[[b]], y[[b]])
-                     for b, n in enumerate(lengths)]
+            terms, grads = results(m, x, lengths, y)
+            identical(results(m, padded, lengths, y), (terms, grads))
+            alone = [results(m, x[:n, [b]], lengths[[b]], y[[b]]) for b, n in enumerate(lengths)]
         for term, *parts in zip(terms, *[one for one, _ in alone]):
             close(torch.cat(parts), term, 1e-4)
         for whole, *parts in zip(grads, *[one for _, one in alone]):
@@ -352,7 +348,9 @@ def test_vrnn_draws_what_its_density_says_and_ends_by_itself():
     for name, m, _ in vrnns():
         if m.end is not None:
             m.end.bias.data.fill_(-0.7)
-        x, lengths = m.sample(6, y=torch.arange(300) % 3)
+        seen = recorded(m, "phi_z")["phi_z"]
+        x, lengths = m.sample(6, y=torch.arange(300) % 3, z_temperature=0.0)
+        assert m.prior_net or not seen[0][0][0].any(), "z is not the prior's mean"
         assert (x[torch.arange(6)[:, None] >= lengths] == 0).all() and x.isfinite().all(), name
         assert len(lengths.unique()) == (1 if m.end is None else 6) and lengths.max() == 6, name
 def test_m2_sum_over_y_is_the_brute_force():
@@ -518,8 +516,7 @@ def test_runs_have_folders_of_their_own_and_nan_is_not_the_best():
             train("vae", f"--epochs 1 {flags}")
         assert not any(Path("out/vae-2").iterdir())
         assert_equal_runs("out/vae-1", "out/vae-3")
-        one, other = [load(f"out/vae-{i}/checkpoint.pt")["weights"]["enc.0.bias"] for i in (1, 4)]
-        assert not torch.equal(one, other)
+        assert len({load(f"out/vae-{i}/best.pt")["rows"][0]["train_loss"] for i in (1, 4)}) == 2
         with patched(common, "evaluate", lambda *_, **__: {"neg_elbo": next(values, 5.0)}):
             train("vae", "--epochs 4 --out-dir a")
         assert len(load("a/best.pt")["rows"]) == 3
@@ -567,9 +564,9 @@ def test_two_processes_share_gradients_and_nothing_else():
 PATHS = {"vae": ["", "--likelihood gaussian --z-dim 2", "--channels 2 3 --iw 3"],
          "cvae": ["", "--condition quadrants --quadrants 2", "--condition quadrants --z-dim 0"],
          "ssl_vae": ["", "--auxiliary --no-augment", "--supervised-only"],
-         "draw": ["", "--no-attention --prior standard", "--read-size 1 --write-size 28"],
-         "cdraw": ["", "--no-attention --prior standard", "--read-size 1 --write-size 28"],
-         "vrnn": ["", "--conditional --digits 27 --temperature 2", "--prior standard", "--z-dim 0"]}
+         **dict.fromkeys(("draw", "cdraw"), ["", "--no-attention --prior standard",
+                                             "--read-size 1 --write-size 28 --temperature 0"]),
+         "vrnn": ["", "--conditional --digits 27", "--prior standard --temperature 2", "--z-dim 0"]}
 def run_script(script, flags, **options):
     command = [sys.executable, str(HERE / f"{script}.py"), *flags.split()]
     return subprocess.Popen(command, text=True, **options)
@@ -610,9 +607,8 @@ def test_help_and_misspelt_flags_answer_at_once():
                                   capture_output=True, text=True)
             assert "argparse\n" in done.stderr and not re.search(r" torch\n", done.stderr), script
             assert flag == "--help" or done.returncode == 2 and "error: unrecog" in done.stderr
-        assert all(action.option_strings[-1] in done.stdout for action in actions), script
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert after.ru_utime - before.ru_utime < 3 and len(actions) - 1 <= 22, script
+        assert len(actions) <= 23 and all(a.option_strings[-1] in done.stdout for a in actions)
+        assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before.ru_utime < 3, script
 def test_without_network_and_data_it_says_not_mnist():
     with folder():
         env = {**os.environ, **dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")}
@@ -673,9 +669,8 @@ def test_bad_input_gets_one_line_and_status_2():
         for part, kind in itertools.product(("train", "t10k"), ("images-idx3", "labels-idx1")):
             Path(f"bad/MNIST/raw/{part}-{kind}-ubyte").write_bytes(b"\0\0\x08\x03not an image")
         Path("bad/pendigits/pendigits-orig.tra.Z").write_bytes(b"\x1f\x9d\x90short")
-        Path("bad/bad.wav").write_text("hello")
-        Path("bad/a.ndjson").write_text("{}")
-        Path("bad/lineStrokes/a.xml").write_text("<WhiteboardCaptureSession><Stroke")
+        for name, text in (("bad.wav", "?"), ("a.ndjson", "{}"), ("lineStrokes/a.xml", "<a><b")):
+            Path("bad", name).write_text(text)
         for name, content in (("dict.pt", {"x": 1}), ("code.pt", SimpleNamespace(script="vae"))):
             torch.save(content, name)
         Path("cut.pt").write_bytes(Path("run/best.pt").read_bytes()[:1000])
@@ -693,9 +688,9 @@ def test_bad_input_gets_one_line_and_status_2():
                 assert expected[-1] in last and last.startswith(f"{script}.py: "), (flags, error)
         assert files == {p: p.is_file() and p.read_bytes() for p in here.rglob("*")}
 def data_args(dataset, data_dir="none"):
-    run = SimpleNamespace(note="", saved=None)
     return SimpleNamespace(dataset=dataset, data_dir=str(data_dir), image_size=20, batch_size=9,
-                           device="cpu", conditional=True, dry_run=False, run=run)
+                           device="cpu", conditional=True, dry_run=False,
+                           run=SimpleNamespace(note="", saved=None))
 def sizes(data):
     parts = data.train, data.valid, data.test
     return [len(p.lengths if isinstance(p, vrnn.Sequences) else p[0]) for p in parts]
@@ -779,9 +774,12 @@ def wav_file(path, n, rate=8000, channels=1, width=2):    # width: bytes of a sa
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     x = (8000 * 2**16 * torch.sin(torch.arange(n) / rate * 880 * math.pi)).to(torch.int32)
     x = x.repeat_interleave(channels).view(torch.uint8).view(-1, 4)[:, -width:]
-    with wave.open(path, "wb") as file:
-        file.setparams((channels, width, rate, 0, "NONE", None))
-        file.writeframes((x ^ (128 if width == 1 else 0)).numpy().tobytes())    # 8 bit: unsigned
+    data = (x ^ (128 if width == 1 else 0)).numpy().tobytes()    # 8 bit: unsigned
+    kind = 65534 if width > 2 else 1    # as other programs do: WAVE_FORMAT_EXTENSIBLE
+    guid = bytes.fromhex("0100000000001000800000aa00389b71")    # of PCM
+    form = struct.pack("<HHI6xHH6x16s", kind, channels, rate, 8 * width, 22, guid)
+    chunks = b"WAVEfmt \x28\0\0\0" + form + b"data" + struct.pack("<I", len(data)) + data
+    Path(path).write_bytes(b"RIFF" + struct.pack("<I", len(chunks)) + chunks)
 def test_own_recordings_and_drawings_are_framed_and_learned_from():
     with folder():
         wav_file("low.wav", 8000)
@@ -802,6 +800,9 @@ def test_own_recordings_and_drawings_are_framed_and_learned_from():
         moves = (drawn.test.frames[1::3] * drawn.scale).round()    # from (0, 0) to (i, 3)
         assert torch.equal(moves[:, 0] % 2, drawn.test.y) and (moves[:, 1] == -3).all()
         assert sum(sizes(heard)) == sum(sizes(drawn)) == 40 and drawn.classes == ["the 0", "the 1"]
+        x = torch.arange(1.0, 801)    # in training, recordings begin up to 200 samples later
+        late = x - (vrnn.prepare(x.view(4, 1, 200), heard) @ basis.T).flatten()
+        assert 0.5 < late[-1] < 200.5 and (late - x.clamp(max=late[-1])).abs().max() < 0.01
         for to in ("ndjson", "wav"):
             train("vrnn", f"--dataset {to} --data-dir in --conditional --dry-run --out-dir {to}")
         assert vrnn.frames(Path("wav/sounds/0_0.wav")).shape[1] == 200
@@ -813,8 +814,7 @@ def test_real_data():
         data = vrnn.read_data(data_args(name, REAL))
         assert sizes(data) == lengths and torch.bincount(data.test.y).min() > 29, name
     with folder(), contextlib.redirect_stdout(io.StringIO()):
-        vae.main(["--dataset", "mnist", "--data-dir", REAL, "--epochs", "1", "--hidden", "64",
-                  "--test-samples", "1", "--device", "cpu"])
+        vae.main(["--data-dir", REAL, *"--epochs 1 --hidden 64 --test-samples 1".split()])
         assert 100 < json.load(open("out/vae-1/results.json"))["test_neg_elbo"] < 200
 def speed(steps=30):    # prints a table of training steps at default sizes
     def after_step(run, **_):

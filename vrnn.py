@@ -20,7 +20,7 @@ was the last. The bound, now of log p(x, length), gains log(1 - s(h_t)) for t < 
     python vrnn.py --dataset speech --conditional    # 60 epochs, batches of 32, lr 2e-3
     python vrnn.py --dataset pendigits --conditional --digits 27    # 30 epochs, of 48, lr 2e-3
 Deviations from the paper: GRU; SiLU; learned h_0; uniform noise one unit wide on recorded integers;
-speech by cosine transforms; limited log variances, correlations and gradients; averaged weights.
+speech shifted and cosine transformed; limited variances, correlations, gradients; averaged weights.
 """
 
 def flags():
@@ -34,12 +34,12 @@ def flags():
     p.add_argument("--mixtures", type=common.at_least(1), help="components; None: pen 20, else 1")
     p.add_argument("--conditional", action="store_true", help="given the label")
     p.add_argument("--classes", "--digits", nargs="+", help="to draw, such as 2718, or by name")
-    p.add_argument("--temperature", type=common.at_least(1e-6, float), default=1.0, help="1: model")
+    p.add_argument("--temperature", type=common.at_least(1e-6, float), default=1.0, help="of x_t")
+    p.add_argument("--z-temperature", type=common.at_least(0, float), default=1.0, help="of z_t")
     return p
 
 if __name__ == "__main__":
     flags().parse_args()    # before torch, whose import takes seconds: --help answers at once
-
 import functools, glob, hashlib, io, json, math, os, re, shutil, subprocess, types, wave, zipfile
 import torch, torch.nn.functional as F, urllib.request, xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -106,7 +106,6 @@ class VRNN(nn.Module):
             f_z = self.phi_z(z)
             steps.append((h, mu_q, logvar_q, eps, z, f_z))
             h = self.gru(torch.cat([f_x_t, f_z, label], 1), h)                     # eq. 7
-
         # all time steps at once, (T, B, .), as no later step needs what follows
         h_before, mu_q, logvar_q, eps, z, f_z = [torch.stack(values) for values in zip(*steps)]
         label = label.expand(len(x), -1, -1)
@@ -156,16 +155,16 @@ class VRNN(nn.Module):
         return torch.cat([x, torch.bernoulli((up / temperature).sigmoid())], 1)
 
     @torch.no_grad()
-    def sample(self, steps, n=1, y=None, temperature=1.0):
+    def sample(self, steps, n=1, y=None, temperature=1.0, z_temperature=1.0):
         """n sequences, or one per label of y (B,), of at most `steps` steps: x (T, B, D), lengths.
-        temperature scales standard deviations of z and x and divides logits; 1 is the model's."""
+        The temperatures scale standard deviations of x, and z; the first divides logits."""
         label = self.embed(y, n)
         h = self.h_0.expand(len(label), -1)
         lengths = torch.full((len(label),), steps, device=h.device)
         xs = []
         for t in range(steps):
             mu_p, logvar_p = self.gaussian(self.prior_net, h, label)               # eq. 5
-            f_z = self.phi_z(mu_p + temperature * (0.5 * logvar_p).exp() * torch.randn_like(mu_p))
+            f_z = self.phi_z(mu_p + z_temperature * (0.5 * logvar_p).exp() * torch.randn_like(mu_p))
             x = self.draw(self.dec(torch.cat([f_z, h, label], 1)), temperature)    # eq. 6
             xs.append(torch.where((t < lengths)[:, None], x, 0.0))
             h = self.gru(torch.cat([self.phi_x(x), f_z, label], 1), h)             # eq. 7
@@ -228,6 +227,9 @@ def prepare(x, data, seed=None):    # binary rows; integers with noise: always n
     noise = torch.rand(x.shape, generator=g, device="cpu" if g else x.device).to(x.device)
     if data.kind == "rows":
         return (255 * noise < x).float()
+    if data.kind == "speech" and seed is None:    # in training, begins up to a frame later
+        n = int(torch.randint(x.shape[2], ()))
+        x = torch.cat([F.pad(x, (0, 0, 0, 0, 1, -1))[..., n:], x[..., :n]], 2)
     noise = data.unit / data.scale * (noise - 0.5)
     noise[..., 2:] *= data.kind != "pen"    # pen-up stays 0 or 1
     return (x + noise) @ dct(x.shape[-1], x.device) if data.kind == "speech" else x + noise
@@ -239,13 +241,13 @@ def dct(n, device):    # the orthonormal cosine transform (n, n) of frames (...,
 def image_rows(images):
     for part, (x, y) in enumerate((images.train, images.valid, images.test)):
         yield from ((part, rows, str(c)) for rows, c in zip(x.cpu().flatten(1, 2), y.tolist()))
-def moves(strokes, file):
+def moves(strokes, file, up=1):    # up=-1: y points downwards
     """Lists of points (x, y) -> (T, 3) rows (dx, dy, pen-up); pen-up is 1 where a stroke ends."""
     points = [(float(x), float(y), i == len(s)) for s in strokes for i, (x, y) in enumerate(s, 1)]
     points = torch.tensor(points, dtype=torch.float64).view(-1, 3)
     if not 0 < len(points) <= 2000 or not points.isfinite().all():
         raise ValueError(f"{file}: has {len(points)} points; must be 1 to 2000, and finite")
-    points[:, :2] = points[:, :2].diff(dim=0, prepend=points[:1, :2])
+    points[:, :2] = points[:, :2].diff(dim=0, prepend=points[:1, :2]) * torch.tensor([1, up])
     return points.float()
 def glyph_strokes(root):    # outlines in matplotlib's fonts, distorted: integers, about 100 high
     import common, numpy as np
@@ -269,11 +271,10 @@ def pendigits(root):    # Alpaydin & Alimoglu 1998, UNIPEN text
             download("https://archive.ics.uci.edu/static/public/81/pen+based+recognition+of+"
                      "handwritten+digits.zip", file.parent, r"pendigits-orig\.t(ra|es)\.Z",
                      "cd620bc67fb841b05abece060330ad57ffda5398f7dde0bdd595f689ec78d313")
-        packed = file.suffix == ".Z"    # Python can't unpack this format
-        if packed and not shutil.which("gzip"):
+        unpack = ["gzip", "-dc", file] if file.suffix == ".Z" else None    # Python can't do it
+        if unpack and not shutil.which("gzip"):
             raise ValueError(f"{file}: unpacking needs gzip; or put {name} there, unpacked")
-        unpack = ["gzip", "-dc", file]
-        text = subprocess.run(unpack, capture_output=True).stdout if packed else file.read_bytes()
+        text = subprocess.run(unpack, capture_output=True).stdout if unpack else file.read_bytes()
         split = re.split(r'SEGMENT DIGIT.*"(\d)"', text.decode("latin-1"))
         if len(split) != 1 + 2 * size:
             raise ValueError(f"{file}: damaged, {len(split) // 2} digits of {size}")
@@ -286,7 +287,6 @@ def hash_split(name):    # 0, 1 or 2: training, validation or test, 8 : 1 : 1
 def files_below(root, ending):    # follows links to folders, skips names that begin with a dot
     files = [root / name for name in glob.glob("**", root_dir=root, recursive=True)]
     return sorted(f for f in files if f.name.lower().endswith(ending) and not f.is_dir())
-DOWN = torch.tensor([1, -1, 1])    # y points downwards in the files of the next two
 def iam_ondb(root):    # the user's copy, split by its three lists if all are there, else by folder
     files = [file for file in files_below(root, ".xml") if "lineStrokes" in file.parts]
     if not files:
@@ -299,18 +299,18 @@ def iam_ondb(root):    # the user's copy, split by its three lists if all are th
         part = listed.get(file.stem.rsplit("-", 1)[0]) if listed else hash_split(file.parent.name)
         try:
             strokes = [stroke.iter("Point") for stroke in ElementTree.parse(file).iter("Stroke")]
-            x = moves([[(p.get("x"), p.get("y")) for p in stroke] for stroke in strokes], file)
+            x = moves([[(p.get("x"), p.get("y")) for p in stroke] for stroke in strokes], file, -1)
         except (ElementTree.ParseError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: not a file of strokes: {error}")
         if part is not None:
-            yield part, x * DOWN, ""
+            yield part, x, ""
 def drawings(root):    # a JSON object a line, in the simplified format of Quick, Draw!
     for file in files_below(root, ".ndjson"):
         for i, line in enumerate(file.read_text("utf-8").splitlines(), 1):
             try:
                 one = json.loads(line)
-                x = moves([list(zip(*stroke)) for stroke in one["drawing"]], file)
-                yield hash_split(str(one.get("key_id", i))), x * DOWN, str(one["word"])
+                x = moves([list(zip(*stroke)) for stroke in one["drawing"]], file, -1)
+                yield hash_split(str(one.get("key_id", i))), x, str(one["word"])
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{file}: line {i} is no drawing: {error!r}")
 def spoken_digits(root):    # Free Spoken Digit Dataset: recordings 0-4 test, 5-9 validation
@@ -329,7 +329,8 @@ def wav_folder(root):    # if all WAV files are in sub-folders, those are the cl
         yield hash_split(name.as_posix()), frames(file), name.parts[0] if name.parts[1:] else ""
 def frames(file, rate=8000, size=200):    # (T, size) samples, channels' mean; zeros fill the end
     try:
-        with wave.open(str(file)) as sound:
+        raw = re.sub(rb"(?s)(fmt .{4})\xfe\xff(.{22}\x01\0)", b"\\1\1\0\\2", file.read_bytes())
+        with wave.open(io.BytesIO(raw)) as sound:    # its EXTENSIBLE header made a plain one
             channels, width, old_rate, n = sound.getparams()[:4]
             data = bytearray(sound.readframes(n))
     except (wave.Error, EOFError, OSError) as error:
@@ -347,9 +348,8 @@ def frames(file, rate=8000, size=200):    # (T, size) samples, channels' mean; z
 def download(url, folder, members, sha256):    # from a zip; sha256 is of sorted names and contents
     import common
     try:
-        archive = zipfile.ZipFile(io.BytesIO(urllib.request.urlopen(url, timeout=30).read()))
-        wanted = filter(re.compile(members).fullmatch, archive.namelist())
-        content = {Path(name).name: archive.read(name) for name in wanted}
+        pack = zipfile.ZipFile(io.BytesIO(urllib.request.urlopen(url, timeout=30).read()))
+        content = {Path(n).name: pack.read(n) for n in pack.namelist() if re.fullmatch(members, n)}
         both = b"".join(name.encode() + content[name] for name in sorted(content))
         if hashlib.sha256(both).hexdigest() != sha256:
             raise ValueError("its checksum is wrong")
@@ -406,7 +406,7 @@ def main(argv=None):
         y = torch.tensor([labels.index(name) for name in asked] or 10 * [0])
         y = y.repeat(n + 7)[:math.ceil(n / 8) * 8] if n else y.repeat_interleave(8)
         given = None if model.label is None else y.to(args.device)
-        x, lengths = model.sample(data.steps, len(y), given, args.temperature)
+        x, lengths = model.sample(data.steps, len(y), given, args.temperature, args.z_temperature)
         draw_pictures(x, lengths, [labels[i] if labels else "" for i in y], data, folder)
     if args.sample:    # needs no data
         return pictures(*common.trained(args, VRNN), args.sample)
