@@ -38,10 +38,8 @@ import torch
 from torch import nn
 
 def filterbank(params, n, height, width):
-    """n x n Gaussian filters on an image, placed by params (B, 5) (section 3.2).
-
-    Returns F_y (B, n, height), F_x (B, n, width), whose rows sum to 1, and the gain gamma (B, 1).
-    """
+    """n x n Gaussian filters on an image, placed by params (B, 5) (section 3.2): F_y (B, n, height)
+    and F_x (B, n, width), whose rows sum to 1, and the gain gamma (B, 1)."""
     g_x, g_y, log_var, log_delta, log_gamma = params.unbind(1)                     # eq. 21
     g_x = (width + 1) / 2 * (g_x + 1)                                              # eq. 22
     g_y = (height + 1) / 2 * (g_y + 1)                                             # eq. 23
@@ -134,8 +132,7 @@ class CDRAW(nn.Module):
         for _ in range(self.glimpses):
             x_hat = x - canvas.sigmoid()                                           # eq. 3
             r = self.read(x, x_hat, h_dec)                                         # eq. 4
-            r = torch.cat([r, h_dec, y], 1)
-            h_enc, cell_enc = self.encoder(r, (h_enc, cell_enc))                   # eq. 5
+            h_enc, cell_enc = self.encoder(torch.cat([r, h_dec, y], 1), (h_enc, cell_enc))  # eq. 5
             mu, logvar = self.posterior(h_enc).to(x.dtype).chunk(2, 1)             # eqs. 1, 2
             logvar = logvar.clamp(-14, 14)
             mu_p, logvar_p = self.prior(h_dec).to(x.dtype).chunk(2, 1)
@@ -171,14 +168,17 @@ class CDRAW(nn.Module):
                 windows.append(self.write_window(h_dec))
         return (torch.stack(canvases), windows) if with_windows else torch.stack(canvases)
 
-def draw_pictures(canvases, windows, folder, most=10):
-    """samples.png, a row per sample and a column per time step; drawing.gif, with write windows."""
+def draw_pictures(images, windows, folder, names):
+    """samples.png, a row per name and a column per time step; drawing.gif, with write windows."""
+    from matplotlib import get_data_path
     from torchvision import utils
     from torchvision.transforms.functional import to_pil_image
-    steps, _, _, height, width = canvases.shape
-    images = canvases.cpu().expand(-1, -1, 3, -1, -1)
-    images = images.repeat_interleave(3, 3).repeat_interleave(3, 4)    # 3 times as large
-    rows = images[torch.linspace(0, steps - 1, min(10, steps)).long(), :most].transpose(0, 1)
+    steps, _, _, height, width = images.shape
+    images = images.cpu().expand(-1, -1, 3, -1, -1).repeat_interleave(3, 3).repeat_interleave(3, 4)
+    rows = images[torch.linspace(0, steps - 1, min(10, steps)).long()].transpose(0, 1)[:len(names)]
+    font, corner = get_data_path() + "/fonts/ttf/DejaVuSans.ttf", torch.tensor([[0, 0, 1, 1]])
+    for (tile, *_), name in zip(rows, names):
+        tile.copy_(utils.draw_bounding_boxes(tile, corner, [name], "red", font=font, font_size=13))
     utils.save_image(rows.flatten(0, 1), folder / "samples.png", nrow=rows.shape[1])
     for step, window in zip(images[:-1], windows):    # roughly through the outermost filters
         centre, half = window[:, :2].cpu(), window[:, 3:4].cpu().exp()
@@ -199,12 +199,12 @@ def main(argv=None):
     asked = sum(([word] if word in names else [*word] for word in args.classes or names), [])
     if not set(asked) <= set(names):
         common.fail(f"--classes {' '.join(args.classes)}: must be some of {', '.join(names)}")
-    digits = [names.index(name) for name in asked]
+    asked = (asked * args.sample)[:args.sample] if args.sample else asked
+    drawn = asked if args.sample or args.classes else 4 * asked
+    drawn = torch.tensor([names.index(name) for name in drawn], device=args.device)
     if args.sample:    # needs no data
         model, folder = common.trained(args, CDRAW)
-        y = torch.tensor((digits * args.sample)[:args.sample], device=args.device)
-        return draw_pictures(*model.sample(y, args.temperature, True), folder, args.sample)
-    drawn = torch.tensor(digits if args.classes else 4 * digits, device=args.device)
+        return draw_pictures(*model.sample(drawn, args.temperature, True), folder, asked)
     options = "glimpses", "read_size", "write_size", "attention", "prior", "z_dim", "hidden"
     model_args = {name: getattr(args, name) for name in options}
     model_args.update(shape=data.shape, num_classes=data.num_classes)
@@ -228,13 +228,13 @@ def main(argv=None):
             optimizer.step()
             run.after_step(loss=loss, rec=-log_px, kl=kl)    # averages weights, keeps the figures
         if run.end_epoch(common.evaluate(run.average, x_valid, y_valid, rows=1024)):
-            draw_pictures(*run.average.sample(drawn, args.temperature, True), run.dir, len(digits))
+            draw_pictures(*run.average.sample(drawn, args.temperature, True), run.dir, asked)
 
     # test and pictures
     model = run.best_model()
     x_test, y_test = common.binarise(data.test[0], seed=2), data.test[1]
     run.finish(common.evaluate(model, x_test, y_test, samples=args.test_samples, rows=1024))
-    draw_pictures(*model.sample(drawn, args.temperature, True), run.dir, len(digits))
+    draw_pictures(*model.sample(drawn, args.temperature, True), run.dir, asked)
 
 if __name__ == "__main__":
     main()

@@ -32,7 +32,6 @@ def flags():
 
 if __name__ == "__main__":
     flags().parse_args()    # before torch, whose import takes seconds: --help answers at once
-
 import math
 
 import torch
@@ -72,8 +71,7 @@ class CVAE(nn.Module):
         self.shape, self.condition, self.z_dim = tuple(shape), condition, z_dim
         if condition == "label":
             self.phi_y = nn.Embedding(num_classes, first)
-        else:
-            # two channels per colour: observed pixels and mask
+        else:    # two channels per colour: observed pixels and mask
             self.phi_y = nn.Sequential(linear(2 * pixels, 2 * first), nn.GLU())
         if z_dim:
             self.phi_x = nn.Sequential(linear(pixels, 2 * first), nn.GLU())
@@ -145,39 +143,41 @@ def hide(x, quadrants):
         y[..., :h, :w] = -1
     return y
 
-def draw_pictures(model, x, y, folder, n=100):
+def draw_pictures(model, x, y, folder, names, n=100):
     """samples.png: one row per label, one column per noise; or what is seen, completions, x."""
-    from torchvision.utils import save_image
+    from matplotlib import get_data_path
+    from torchvision.utils import draw_bounding_boxes, save_image
     if model.condition == "label":
-        classes = model.phi_y.num_embeddings
-        columns = math.ceil(n / classes)
+        columns = math.ceil(n / len(names))
         device = model.phi_y.weight.device
-        z = torch.randn(columns, model.z_dim, device=device).repeat(classes, 1)
-        every = torch.arange(classes, device=device).repeat_interleave(columns)
+        z = torch.randn(columns, model.z_dim, device=device).repeat(len(names), 1)
+        every = torch.arange(len(names), device=device).repeat_interleave(columns)
         images = model.sample(every, z)
     else:
         seen = torch.where(y < 0, 0.5, y)    # hidden pixels in grey
         completions = [model.sample(y) for _ in range(8)]
-        images, columns = torch.stack([seen, *completions, x], 1).flatten(0, 1), 10
-    images = images.repeat_interleave(3, 2).repeat_interleave(3, 3)
+        images, columns, names = torch.stack([seen, *completions, x], 1).flatten(0, 1), 10, []
+    images = images.cpu().expand(-1, 3, -1, -1).repeat_interleave(3, 2).repeat_interleave(3, 3)
+    font, corner = get_data_path() + "/fonts/ttf/DejaVuSans.ttf", torch.tensor([[0, 0, 1, 1]])
+    for image, name in zip(images[::columns], names):
+        image.copy_(draw_bounding_boxes(image, corner, [name], "red", font=font, font_size=13))
     save_image(images, folder / "samples.png", nrow=columns, padding=2)
 
 def main(argv=None):
     import common
-
     # flags, data and model
     args = common.parse(flags(), argv)
     if args.sample:    # needs no data
         if args.run.saved["model_args"]["condition"] != "label":
             common.fail("--sample: completions need images; take --epochs 0 instead")
         model, folder = common.trained(args, CVAE)
-        return draw_pictures(model, None, None, folder, args.sample)
+        return draw_pictures(model, None, None, folder, args.run.saved["classes"], args.sample)
     data = common.images(args)
+    names = args.run.about["classes"]
     model_args = dict(shape=data.shape, condition=args.condition, z_dim=args.z_dim,
                       num_classes=data.num_classes, hidden=tuple(args.hidden))
     model = CVAE(**model_args).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
-
     def condition(x, labels):
         return labels if args.condition == "label" else hide(x, args.quadrants)
 
@@ -197,14 +197,14 @@ def main(argv=None):
             optimizer.step()
             run.after_step(loss=loss, rec=-log_px, kl=kl)    # averages weights, keeps the figures
         if run.end_epoch(common.evaluate(run.average, x_valid, y_valid)):    # logs, saves; if best
-            draw_pictures(run.average, x_valid[:12], y_valid[:12], run.dir)
+            draw_pictures(run.average, x_valid[:12], y_valid[:12], run.dir, names)
 
     # test and pictures
     model = run.best_model()
     x_test = common.binarise(data.test[0], seed=2)
     y_test = condition(x_test, data.test[1])
     run.finish(common.evaluate(model, x_test, y_test, samples=args.test_samples))
-    draw_pictures(model, x_test[:12], y_test[:12], run.dir)
+    draw_pictures(model, x_test[:12], y_test[:12], run.dir, names)
 
 if __name__ == "__main__":
     main()

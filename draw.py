@@ -42,10 +42,8 @@ import torch
 from torch import nn
 
 def filterbank(params, n, height, width):
-    """n x n Gaussian filters on an image, placed by params (B, 5) (section 3.2).
-
-    Returns F_y (B, n, height), F_x (B, n, width), whose rows sum to 1, and the gain gamma (B, 1).
-    """
+    """n x n Gaussian filters on an image, placed by params (B, 5) (section 3.2): F_y (B, n, height)
+    and F_x (B, n, width), whose rows sum to 1, and the gain gamma (B, 1)."""
     g_x, g_y, log_var, log_delta, log_gamma = params.unbind(1)                     # eq. 21
     g_x = (width + 1) / 2 * (g_x + 1)                                              # eq. 22
     g_y = (height + 1) / 2 * (g_y + 1)                                             # eq. 23

@@ -17,7 +17,7 @@ With --conditional, every factor may depend on the label y; eq. 11 holds with y 
 Pen strokes and speech end by themselves: after each step, e_t ~ Bernoulli(s(h_t)) says whether x_t
 was the last. The bound, now of log p(x, length), gains log(1 - s(h_t)) for t < T, and log s(h_T).
     python vrnn.py    # MNIST rows, 7 epochs; with --epochs 10 an earlier revision had 81.77 nats
-    python vrnn.py --dataset speech --conditional    # 60 epochs, batches of 32, lr 2e-3
+    python vrnn.py --dataset speech --conditional    # 150 epochs, batches of 32, lr 2e-3
     python vrnn.py --dataset pendigits --conditional --digits 27    # 30 epochs, of 48, lr 2e-3
 Deviations from the paper: GRU; SiLU; learned h_0; uniform noise one unit wide on recorded integers;
 speech shifted and cosine transformed; limited variances, correlations, gradients; averaged weights.
@@ -411,7 +411,7 @@ def main(argv=None):
     if args.sample:    # needs no data
         return pictures(*common.trained(args, VRNN), args.sample)
     likelihood, *defaults = dict(rows=("bernoulli", 1, 7, 128, 4e-3), pen=("pen", 20, 30, 48, 2e-3),
-                                 speech=("gaussian", 1, 60, 32, 2e-3))[data.kind]
+                                 speech=("gaussian", 1, 150, 32, 2e-3))[data.kind]
     for name, value in zip(("mixtures", "epochs", "batch_size", "lr"), defaults):
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     model_args = dict(x_dim=data.train.frames.shape[1], likelihood=likelihood,
