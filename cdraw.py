@@ -177,7 +177,7 @@ def draw_pictures(images, windows, folder, names):
     images = images.cpu().expand(-1, -1, 3, -1, -1).repeat_interleave(3, 3).repeat_interleave(3, 4)
     rows = images[torch.linspace(0, steps - 1, min(10, steps)).long()].transpose(0, 1)[:len(names)]
     font, corner = get_data_path() + "/fonts/ttf/DejaVuSans.ttf", torch.tensor([[0, 0, 1, 1]])
-    for (tile, *_), name in zip(rows, names):
+    for tile, name in zip(rows[:, 0], names):    # as the label of a box in the corner
         tile.copy_(utils.draw_bounding_boxes(tile, corner, [name], "red", font=font, font_size=13))
     utils.save_image(rows.flatten(0, 1), folder / "samples.png", nrow=rows.shape[1])
     for step, window in zip(images[:-1], windows):    # roughly through the outermost filters
@@ -200,8 +200,8 @@ def main(argv=None):
     if not set(asked) <= set(names):
         common.fail(f"--classes {' '.join(args.classes)}: must be some of {', '.join(names)}")
     asked = (asked * args.sample)[:args.sample] if args.sample else asked
-    drawn = asked if args.sample or args.classes else 4 * asked
-    drawn = torch.tensor([names.index(name) for name in drawn], device=args.device)
+    wanted = asked if args.sample or args.classes else 4 * asked
+    drawn = torch.tensor([names.index(name) for name in wanted], device=args.device)
     if args.sample:    # needs no data
         model, folder = common.trained(args, CDRAW)
         return draw_pictures(*model.sample(drawn, args.temperature, True), folder, asked)

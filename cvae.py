@@ -159,7 +159,7 @@ def draw_pictures(model, x, y, folder, names, n=100):
         images, columns, names = torch.stack([seen, *completions, x], 1).flatten(0, 1), 10, []
     images = images.cpu().expand(-1, 3, -1, -1).repeat_interleave(3, 2).repeat_interleave(3, 3)
     font, corner = get_data_path() + "/fonts/ttf/DejaVuSans.ttf", torch.tensor([[0, 0, 1, 1]])
-    for image, name in zip(images[::columns], names):
+    for image, name in zip(images[::columns], names):    # as the label of a box in the corner
         image.copy_(draw_bounding_boxes(image, corner, [name], "red", font=font, font_size=13))
     save_image(images, folder / "samples.png", nrow=columns, padding=2)
 

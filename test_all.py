@@ -57,7 +57,7 @@ def tiny_strokes(root):    # stands for vrnn.glyph_strokes
 SMALL = {**dict.fromkeys(("vae", "cvae"), "--hidden 16 --z-dim 4"),
          "ssl_vae": "--hidden 16 --channels 2 3 4 --z-dim 4 --labels 20",
          **dict.fromkeys(("draw", "cdraw"), "--hidden 16 --z-dim 4 --glimpses 3"),
-         "vrnn": "--hidden 16 --features 16 --z-dim 4 --mixtures 2 --dataset glyphs"}
+         "vrnn": "--hidden 16 --features 16 --mixtures 2 --dataset glyphs --z-temperature 2"}
 def outcome(script, flags="", images=tiny_images):    # of main() on a tiny set: status, stderr
     flags = f"--batch-size 50 --test-samples 5 --device cpu {SMALL[script]} {flags}"
     common.Run.hint, err, status = "", io.StringIO(), 0
@@ -289,6 +289,7 @@ def test_draw_samples_by_the_prior_that_the_bound_uses():
             sample(m, inputs)
         assert drawing.call_count == 6, f"{name}: steps share their noise"
         assert m.sample(*inputs[1:] or [6], 0)[0].std(0).max() > 1e-3, "z_1 has no noise"
+        close(seen["decoder"][-1][0][0][:, :3], seen["prior"][-1][1][:, :3])    # but later ones
         close(priors[0], priors[0][:1].expand(6, -1))    # p(z_1) is the same for every x
         assert ((priors[2] - priors[2][0]).abs().max() > 1e-3) == ("learned" in name), name
         seen["prior"].clear()
@@ -652,10 +653,9 @@ cdraw | --write-size 0; --glimpses two; --resume run; --classes 1 x; --classes 1
 vrnn | --sample 3; --sample 3 --conditional | needs --resume
 vrnn | --temperature 0; --mixtures 0; --resume run; --dataset wav --data-dir wavs --conditional
 vrnn | --digits 12; --conditional --digits x | --classes needs
-vrnn | --dataset wav --data-dir none | none: 
+vrnn | --dataset wav --data-dir none; --dataset iam-ondb --data-dir none | none
 vrnn | --dataset wav --data-dir bad | bad.wav: not a WAV file: EOFError(); try ffmpeg -i bad/bad.wav
 vrnn | --dataset wav --data-dir long | long.wav: 400001 samples
-vrnn | --dataset iam-ondb --data-dir none | registered
 vrnn | --dataset iam-ondb --data-dir bad | not a file of strokes
 vrnn | --dataset ndjson --data-dir bad | bad/a.ndjson: line 1 is no drawing: KeyError('drawing')
 vrnn | --dataset pendigits --data-dir bad | pendigits-orig.tra.Z: damaged"""
@@ -686,9 +686,9 @@ def test_bad_input_gets_one_line_and_status_2():
                 assert expected[-1] in last and last.startswith(f"{script}.py: "), (flags, error)
         assert files == {p: p.is_file() and p.read_bytes() for p in here.rglob("*")}
 def data_args(dataset, data_dir="none"):
-    return SimpleNamespace(dataset=dataset, data_dir=str(data_dir), image_size=20, batch_size=9,
-                           device="cpu", conditional=True, dry_run=False,
-                           run=SimpleNamespace(note="", saved=None))
+    run = SimpleNamespace(note="", saved=None)
+    return SimpleNamespace(dataset=dataset, data_dir=data_dir, image_size=20, batch_size=9, run=run,
+                           device="cpu", conditional=True, dry_run=False)
 def sizes(data):
     parts = data.train, data.valid, data.test
     return [len(p.lengths if isinstance(p, vrnn.Sequences) else p[0]) for p in parts]
@@ -800,9 +800,9 @@ def test_own_recordings_and_drawings_are_framed_and_learned_from():
         moves = (drawn.test.frames[1::3] * drawn.scale).round()    # from (0, 0) to (i, 3)
         assert torch.equal(moves[:, 0] % 2, drawn.test.y) and (moves[:, 1] == -3).all()
         assert sum(sizes(heard)) == sum(sizes(drawn)) == 40 and drawn.classes == ["the 0", "the 1"]
-        x = torch.arange(1.0, 801)    # in training, recordings begin up to 200 samples later
-        late = x - (vrnn.prepare(x.view(4, 1, 200), heard) @ basis.T).flatten()
-        assert 0.5 < late[-1] < 200.5 and (late - x.clamp(max=late[-1])).abs().max() < 0.01
+        x = torch.arange(1.0, 801).view(4, 1, 200)    # in training up to 199 samples late
+        late = torch.stack([(x - vrnn.prepare(x, heard) @ basis.T).flatten() for _ in range(9)])
+        assert ((late - x.flatten().min(late[:, -1:])).abs() < 0.1).all() and 0.5 < late.max() < 200
         for to in ("ndjson", "wav"):
             train("vrnn", f"--dataset {to} --data-dir in --conditional --dry-run --out-dir {to}")
         assert vrnn.frames(Path("wav/sounds/0_0.wav")).shape[1] == 200

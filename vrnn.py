@@ -17,7 +17,8 @@ With --conditional, every factor may depend on the label y; eq. 11 holds with y 
 Pen strokes and speech end by themselves: after each step, e_t ~ Bernoulli(s(h_t)) says whether x_t
 was the last. The bound, now of log p(x, length), gains log(1 - s(h_t)) for t < T, and log s(h_T).
     python vrnn.py    # MNIST rows, 7 epochs; with --epochs 10 an earlier revision had 81.77 nats
-    python vrnn.py --dataset speech --conditional    # 150 epochs of 32, lr 2e-3; pendigits: 30, 48
+    python vrnn.py --dataset speech --conditional    # 150 epochs, batches of 32, lr 2e-3
+    python vrnn.py --dataset pendigits --conditional --digits 27    # 30 epochs, of 48, lr 2e-3
 Deviations from the paper: GRU; SiLU; learned h_0; uniform noise one unit wide on recorded integers;
 speech shifted and cosine transformed; limited variances, correlations, gradients; averaged weights.
 """
@@ -156,7 +157,7 @@ class VRNN(nn.Module):
     @torch.no_grad()
     def sample(self, steps, n=1, y=None, temperature=1.0, z_temperature=1.0):
         """n sequences, or one per label of y (B,), of at most `steps` steps: x (T, B, D), lengths.
-        The temperatures scale standard deviations of x, and z; the first divides logits."""
+        The temperatures scale standard deviations of x, and of z; the first divides logits."""
         label = self.embed(y, n)
         h = self.h_0.expand(len(label), -1)
         lengths = torch.full((len(label),), steps, device=h.device)
@@ -226,8 +227,8 @@ def prepare(x, data, seed=None):    # binary rows; integers with noise: always n
     noise = torch.rand(x.shape, generator=g, device="cpu" if g else x.device).to(x.device)
     if data.kind == "rows":
         return (255 * noise < x).float()
-    if data.kind == "speech" and seed is None:    # in training, begins up to a frame later
-        n = int(torch.randint(x.shape[2], ()))
+    if data.kind == "speech" and seed is None:    # in training a batch begins later, and loses as
+        n = int(torch.randint(1, x.shape[2] + 1, ()))    # many samples, 0 to 199, at the end
         x = torch.cat([F.pad(x, (0, 0, 0, 0, 1, -1))[..., n:], x[..., :n]], 2)
     noise = data.unit / data.scale * (noise - 0.5)
     noise[..., 2:] *= data.kind != "pen"    # pen-up stays 0 or 1
@@ -329,7 +330,7 @@ def wav_folder(root):    # if all WAV files are in sub-folders, those are the cl
 def frames(file, rate=8000, size=200):    # (T, size) samples, channels' mean; zeros fill the end
     try:
         raw = re.sub(rb"(?s)(fmt .{4})\xfe\xff(.{22}\x01\0)", b"\\1\1\0\\2", file.read_bytes())
-        with wave.open(io.BytesIO(raw)) as sound:    # its EXTENSIBLE header made a plain one
+        with wave.open(io.BytesIO(raw)) as sound:    # EXTENSIBLE made plain, for Python 3.11
             channels, width, old_rate, n = sound.getparams()[:4]
             data = bytearray(sound.readframes(n))
     except (wave.Error, EOFError, OSError) as error:
@@ -369,9 +370,8 @@ def draw_pictures(x, lengths, names, data, folder, columns=8):
         power = torch.stft(x, 256, 64, window=torch.hann_window(256), return_complex=True).abs()
         image = (0.01 + power / (1 + power.amax((1, 2), True))).log().flip(1)[:, None]    # 40 dB
         save_image(image, folder / "spectrograms.png", nrow=columns, normalize=True, pad_value=0.3)
-    rows = len(x) / columns
-    view = dict(xlim=(-0.5, columns - 0.5), ylim=(0.5 - rows, 0.5), xticks=[], yticks=[])
-    ax = Figure((columns, rows)).add_axes([0, 0, 1, 1], frame_on=False, **view)
+    ax = Figure((columns, len(x) / columns)).add_axes([0, 0, 1, 1], frame_on=False)
+    ax.set(xlim=(-0.5, columns - 0.5), ylim=(0.5 - len(x) / columns, 0.5), xticks=[], yticks=[])
     for i, n in enumerate(lengths.tolist()):
         row, column = divmod(i, columns)
         ax.text(column, 0.37 - row, names[i], size=7, ha="center", parse_math=False)
