@@ -489,6 +489,7 @@ def test_a_full_disk_or_a_loss_that_is_not_finite_loses_nothing():
         assert len(before) == 2 and all(p.read_bytes() == text for p, text in before.items())
         assert "--resume old" in wild[1], f"the last good checkpoint is not named: {wild[1]}"
 def test_ctrl_c_says_how_to_resume_and_a_terminal_sees_a_live_line():
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # below nohup it would be ignored
     flags = "--dataset glyphs --hidden 8 --z-dim 2 --batch-size 2000 --epochs 999 --device cpu"
     def interrupted(name, signals):
         terminal, end = pty.openpty()
@@ -567,8 +568,7 @@ PATHS = {"vae": ["", "--likelihood gaussian --z-dim 2", "--channels 2 3 --iw 3"]
                                              "--read-size 1 --write-size 28 --temperature 0"]),
          "vrnn": ["", "--conditional --digits 27", "--prior standard --temperature 2", "--z-dim 0"]}
 def run_script(script, flags, **options):
-    command = [sys.executable, str(HERE / f"{script}.py"), *flags.split()]
-    return subprocess.Popen(command, text=True, **options)
+    return subprocess.Popen([sys.executable, HERE / f"{script}.py", *flags.split()], **options)
 def test_every_script_and_path_as_a_user_runs_it():
     scripts = {p.stem for p in HERE.glob("*.py")} - {"common", "test_all"}
     assert scripts == set(PATHS) == set(SCRIPTS), "a script without a test"
@@ -577,7 +577,7 @@ def test_every_script_and_path_as_a_user_runs_it():
     left = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}    # changes nothing
     def first(script):
         run = run_script(script, f"--dry-run --dataset glyphs --out-dir {script}0", env=left,
-                         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+                         text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         return run.communicate()[1], run.returncode
     with folder(), ThreadPoolExecutor(2) as pool:
         for (script, paths), (error, status) in zip(PATHS.items(), pool.map(first, PATHS)):
@@ -612,7 +612,7 @@ def test_without_network_and_data_it_says_not_mnist():
     with folder():
         env = {**os.environ, **dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")}
         run = run_script("vae", "--dry-run --device cpu", stdout=subprocess.PIPE, env=env)
-        lines = run.communicate()[0].strip().splitlines()
+        lines = run.communicate()[0].decode().strip().splitlines()
         assert run.returncode == 0 and "NOT MNIST" in lines[0] and "NOT MNIST" in lines[-1], lines
         assert os.listdir() == ["out"], "an empty data folder is left"
 def test_a_copied_class_needs_torch_alone():
