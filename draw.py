@@ -32,6 +32,7 @@ def flags():
     p.add_argument("--prior", choices=("standard", "learned"), default="learned", help="of z_t")
     p.add_argument("--z-dim", type=common.at_least(1), default=100, help="size of z_t")
     p.add_argument("--hidden", type=common.at_least(1), default=256, help="units of each LSTM")
+    p.add_argument("--binarise", choices=("dynamic", "fixed"), default="dynamic", help="to train")
     p.add_argument("--temperature", type=common.at_least(0, float), default=1.0, help="of z, t > 1")
     return p
 
@@ -104,7 +105,6 @@ class DRAW(nn.Module):
         return torch.tensor(self.glimpses)
     def set_extra_state(self, glimpses):
         self.glimpses = int(glimpses)
-
     def read(self, x, x_hat, h_dec):
         """The glimpse r (B, .) of image and error image, both (B, C, H, W)."""
         images = torch.cat([x, x_hat], 1)
@@ -194,6 +194,8 @@ def main(argv=None):
         drawn = model.sample(args.sample, args.temperature, True)
         return draw_pictures(*drawn, folder, args.sample)
     data = common.images(args)
+    if args.binarise == "fixed":    # training pixels, too, are drawn once
+        data.train = (255 * common.binarise(data.train[0], seed=0)).byte(), data.train[1]
     options = "glimpses", "read_size", "write_size", "attention", "prior", "z_dim", "hidden"
     model_args = dict(shape=data.shape, **{name: getattr(args, name) for name in options})
     model = DRAW(**model_args).to(args.device)

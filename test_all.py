@@ -2,11 +2,8 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.7", "torchvision", "numpy", "matplotlib"]
 # ///
-"""The tests: they need no network, and take about three minutes on two cores.
-    python test_all.py [NAME ...]         # all of them, or some; also: pytest test_all.py
-    python test_all.py speed              # the table of training speeds
-    SEQVAE_DATA=DIR python test_all.py    # also on real data in DIR; SEQVAE_KILLS=N: more kills
-"""
+"""Tests without a network, about three minutes: python test_all.py [NAME ...], or pytest; "speed"
+prints a table of speeds. SEQVAE_DATA=DIR: also on real data in DIR; SEQVAE_KILLS=N: more kills."""
 import ast, contextlib, csv, functools, gzip, hashlib, http.server, importlib, inspect, io
 import itertools, json, math, multiprocessing, os, pty, random, re, resource, shlex, shutil, signal
 import struct, subprocess, sys, tempfile, threading, time, unittest
@@ -20,12 +17,10 @@ from torch import nn
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
 from torch.utils.flop_counter import FlopCounterMode
 import cdraw, common, cvae, draw, ssl_vae, vae, vrnn
-HERE = Path(__file__).resolve().parent
-SCRIPTS = ("vae", "cvae", "ssl_vae", "draw", "cdraw", "vrnn")
+HERE, SCRIPTS = Path(__file__).resolve().parent, ("vae", "cvae", "ssl_vae", "draw", "cdraw", "vrnn")
 REAL = os.environ.get("SEQVAE_DATA") and str(Path(os.environ["SEQVAE_DATA"]).resolve())
 draw_glyphs, draw_strokes, read_data = common.glyph_images, vrnn.glyph_strokes, vrnn.read_data
-patched = mock.patch.object
-raises = unittest.TestCase().assertRaisesRegex
+patched, raises = mock.patch.object, unittest.TestCase().assertRaisesRegex
 glyphs = functools.cache(lambda: draw_glyphs(2400))
 no_noise = lambda: mock.patch.multiple(torch, randn=torch.zeros, randn_like=torch.zeros_like)
 load = functools.partial(torch.load, weights_only=True)
@@ -75,8 +70,7 @@ def outcome(script, flags="", images=tiny_images):    # of main() on a tiny set:
 def train(script, flags="", images=tiny_images):
     status, error = outcome(script, flags, images)
     assert not status, error
-def binary_images(pixels):
-    return torch.tensor(list(itertools.product((0.0, 1.0), repeat=pixels))).view(-1, 1, 1, pixels)
+binary_images = lambda n: torch.tensor([*itertools.product((0.0, 1.0), repeat=n)]).view(-1, 1, 1, n)
 def draws(shape=(1, 4, 4), attentions=(True, False), **sizes):    # each path: name, model, inputs
     torch.manual_seed(0)
     x, y = torch.rand(6, *shape).round(), torch.arange(6) % 3
@@ -105,9 +99,9 @@ def models(ssl=False):    # each code path of each class: name, model, inputs
     x, y = torch.rand(6, 1, 4, 4).round(), torch.arange(6) % 3
     for likelihood, channels in itertools.product(("bernoulli", "gaussian"), (None, (2, 3))):
         yield f"VAE {channels}", vae.VAE((1, 4, 4), (7, 5), 3, likelihood, channels), (x,)
-    for z_dim, (condition, y) in itertools.product(
-            (3, 0), (("label", y), ("quadrants", cvae.hide(x, 1)))):
-        yield f"CVAE {condition} {z_dim}", cvae.CVAE((1, 4, 4), condition, z_dim, 3, (7, 5)), (x, y)
+    yield "VAE mixture", vae.VAE((1, 4, 4), (7, 5), 3, components=4), (x,)
+    for z_dim, (on, y) in itertools.product((3, 0), (("label", y), ("quadrants", cvae.hide(x, 1)))):
+        yield f"CVAE {on} {z_dim}", cvae.CVAE((1, 4, 4), on, z_dim, 3, (7, 5)), (x, y)
     yield from draws()
     yield from vrnns()
     for m in ssl_models() if ssl else ():
@@ -115,16 +109,14 @@ def models(ssl=False):    # each code path of each class: name, model, inputs
 def ssl_models(shape=(1, 4, 4)):
     for auxiliary in (False, True):
         torch.manual_seed(2)
-        m = ssl_vae.SSLVAE(shape, 3, 3, auxiliary, hidden=(7, 5), channels=(2, 3, 4), a_dim=2)
-        yield m.eval()
+        yield ssl_vae.SSLVAE(shape, 3, 3, auxiliary, (7, 5), (2, 3, 4), a_dim=2).eval()
 class Bounds(nn.Module):    # an SSLVAE whose classifier and bounds are the terms
     def __init__(self, m):
         super().__init__()
         self.m, self.sample = m, m.sample
     def forward(self, x, y):
         return self.m.classify(x)[:, 0], self.m.labelled_bound(x, y), self.m.unlabelled_bound(x)
-def sample(m, inputs):
-    return m.sample(4, y=inputs[2])[0] if len(inputs) > 2 else m.sample(*inputs[1:] or [6])
+sample = lambda m, x: m.sample(4, y=x[2])[0] if len(x) > 2 else m.sample(*x[1:] or [6])
 def test_kl_equals_torch_distributions_and_monte_carlo():
     torch.manual_seed(0)
     mu_q, logvar_q, mu_p, logvar_p = torch.randn(4, 5, 7, 3, dtype=torch.float64)
@@ -140,13 +132,21 @@ def test_kl_equals_torch_distributions_and_monte_carlo():
     m = cvae.CVAE((1, 4, 4), z_dim=3, hidden=7)
     h_y = m.features(y)
     close(m(x, y)[1], common.gaussian_kl(*m.posterior(x, h_y), *m.prior(h_y)).sum(1))
+def test_mixture_prior_draws_what_its_density_says():
+    m = vae.VAE((1, 1, 4), (), 4, "gaussian", components=3)
+    m.log_std.data, m.logits.data, m.dec = 0.5 * torch.randn(4), torch.randn(3), nn.Identity()
+    d, s, z = torch.distributions, m.log_std.exp(), m.sample(100_000).flatten(1)
+    p = d.MixtureSameFamily(d.Categorical(None, m.logits), d.Independent(Normal(m.means * s, s), 1))
+    close(m.log_prior(z[None])[0] - 2 * math.log(2 * math.pi), p.log_prob(z), 1e-4)
+    close(torch.stack([z.mean(0), z.var(0)]), torch.stack([p.mean, p.variance]), 5e-2)
 def test_log_w_averages_to_the_bound_and_terms_have_their_shapes():
     for name, m, inputs in models():
         n, k = len(inputs[-1]), 4000
         with torch.no_grad():
             assert all(term.shape == (n,) for term in m(*inputs)), name
             log_px, kl, log_w = m(*inputs, k=k)
-        assert log_px.shape == kl.shape == log_w.shape == (k, n) and (kl > -1e-4).all(), name
+        low = kl.mean(0) if "mixture" in name else kl    # whose KL is estimated at the sample
+        assert log_px.shape == kl.shape == log_w.shape == (k, n) and (low > -1e-4).all(), name
         difference = log_px - kl - log_w
         assert (difference.mean(0).abs() < 6 * difference.std(0) / k**0.5 + 1e-4).all(), name
         if getattr(m, "z_dim", 1) == 0:
@@ -160,8 +160,7 @@ def test_linear_gaussian_bound_is_exact():
     m.enc[0].weight.data = torch.cat([var[:, None] * w.T / 0.25, torch.zeros(2, 5)])
     m.enc[0].bias.data = torch.cat([-var * (w.T @ b) / 0.25, var.log()])
     close(m(x)[2], MultivariateNormal(b, w @ w.T + torch.eye(5) / 4).log_prob(x.flatten(1)), 1e-9)
-def total_probability(m, *inputs, k=10_000):
-    return common.log_mean_exp(m(*inputs, k=k)[2].detach()).exp().sum()
+total_probability = lambda m, *x, k=10_000: common.log_mean_exp(m(*x, k=k)[2].data).exp().sum()
 def test_probabilities_of_images_sum_to_one():
     torch.manual_seed(1)
     x, label = binary_images(4), torch.full((16,), 2)
@@ -367,10 +366,9 @@ def test_m2_bounds_are_bounds():
     for m in ssl_models((1, 1, 4)):
         for layer in [m.enc[-1], m.dec[-1], *([m.q_a[-1][-1], m.p_a[-1]] if m.auxiliary else [])]:
             layer.weight.data *= 0.1    # q close to the posterior, so that a term too many shows
-        with torch.no_grad():
-            bounds = [m.labelled_bound(x, torch.full((len(x),), c)) for c in range(3)]
-            bounds.append(m.unlabelled_bound(x))
-        *each, u = [bound.view(400, 16).mean(0).exp().sum() for bound in bounds]
+        bounds = [m.labelled_bound(x, torch.full((len(x),), c)) for c in range(3)]
+        bounds = [b.data.view(400, 16) for b in (*bounds, m.unlabelled_bound(x))]
+        *each, u = [b.mean(0).exp().sum() for b in bounds]
         assert 0.2 < u < 1.01 and 0.2 < sum(each) < 1.01, (u, each)
 def test_labels_are_n_balanced_and_the_only_ones_that_are_used():
     x, y = [t[:200] for t in glyphs()]
@@ -518,9 +516,12 @@ def test_runs_have_folders_of_their_own_and_nan_is_not_the_best():
         assert_equal_runs("out/vae-1", "out/vae-3")
         one, other = [load(f"out/vae-{i}/checkpoint.pt")["weights"]["enc.0.bias"] for i in (1, 4)]
         assert not torch.equal(one, other)
-        with patched(common, "evaluate", lambda *_, **__: {"neg_elbo": next(values, 5.0)}):
-            train("vae", "--epochs 4 --out-dir a")
+        with patched(common, "binarise", side_effect=common.binarise) as binarise, \
+                patched(common, "evaluate", lambda *_, **__: {"neg_elbo": next(values, 5.0)}):
+            train("vae", "--epochs 4 --out-dir a --binarise fixed")
         assert len(load("a/best.pt")["rows"]) == 3
+        trained = [c.args[0].unique().tolist() for c in binarise.call_args_list if None in c.args]
+        assert trained == 16 * [[0, 255]], "fixed pixels are not fixed"
 def test_the_test_split_is_touched_after_the_best_model_is_chosen():
     class Guarded(SimpleNamespace):
         def __getattribute__(self, name):
@@ -562,7 +563,7 @@ def test_two_processes_share_gradients_and_nothing_else():
         noise.append(torch.rand(9))
     assert sorted(parts) == list(range(200)), "a batch is not divided between the processes"
     assert not torch.equal(*noise[:2]) and not torch.equal(*noise[2:]), "both draw the same noise"
-PATHS = {"vae": ["", "--likelihood gaussian --z-dim 2", "--channels 2 3 --iw 3"],
+PATHS = {"vae": ["", "--likelihood gaussian --z-dim 2", "--channels 2 3 --iw 3 --components 3"],
          "cvae": ["", "--condition quadrants --quadrants 2", "--condition quadrants --z-dim 0"],
          "ssl_vae": ["", "--auxiliary --no-augment", "--supervised-only"],
          **dict.fromkeys(("draw", "cdraw"), ["", "--no-attention --prior standard",
@@ -681,8 +682,7 @@ def test_bad_input_gets_one_line_and_status_2():
         for line in BAD.splitlines():
             script, many, *text = line.split(" | ")
             for flags in many.split("; "):
-                images = real if "bad" in flags else tiny_images
-                status, error = outcome(script, flags, images)
+                status, error = outcome(script, flags, real if "bad" in flags else tiny_images)
                 assert status == 2 and "Traceback" not in error, (script, flags, status, error)
                 last, expected = error.splitlines()[-1], text or re.findall("--[a-z-]+", flags)
                 assert expected[-1] in last and last.startswith(f"{script}.py: "), (flags, error)
