@@ -19,7 +19,7 @@ p(z_t|z_{<t}) = N(mu_p(h_dec_{t-1}), diag sigma_p(h_dec_{t-1})^2) takes the plac
 Measured, seed 0, --prior standard: --epochs 17, test -ELBO 86.63; an earlier revision, 40, 83.52.
 Deviations from the paper, to learn faster: the learned prior; two epochs each of 4, 8, ..., then 32
 glimpses; 5x5 windows to read with; averaged weights; c_0 starts as the mean image, windows as large
-as the image. Pixels are binarised anew; log variances, strides, intensities, gradients are limited.
+as the image; pixels binarised anew by default; limited log variances, strides, gains, gradients.
 """
 
 def flags():
@@ -32,7 +32,7 @@ def flags():
     p.add_argument("--prior", choices=("standard", "learned"), default="learned", help="of z_t")
     p.add_argument("--z-dim", type=common.at_least(1), default=100, help="size of z_t")
     p.add_argument("--hidden", type=common.at_least(1), default=256, help="units of each LSTM")
-    p.add_argument("--binarise", choices=("dynamic", "fixed"), default="dynamic", help="to train")
+    p.add_argument("--binarise", choices=("dynamic", "fixed"), default="dynamic", help="pixels")
     p.add_argument("--temperature", type=common.at_least(0, float), default=1.0, help="of z, t > 1")
     return p
 

@@ -9,9 +9,9 @@
     with --iw K        log p(x) >= E_q[log 1/K sum_k p(x, z_k) / q(z_k|x)]   (Burda et al. 2016, 8)
     --components K     z ~ sum_k w_k N(m_k, diag s^2), learned; KL: log q - log p at q's sample
     python vae.py                             # MNIST, on the GPU if there is one
-    python vae.py --components 500            # better, and as fast
+    python vae.py --components 500            # better, and nearly as fast
     python vae.py --channels 16 32            # residual convolutions: better, and slower
-Measured, MNIST, seed 0: test -ELBO 90.74, -log p(x) 87.11 nats (5,000 importance samples).
+Measured, MNIST, seed 0, test -ELBO and -log p(x): 90.74, 87.11 nats; --components 500 88.38, 85.27.
 Deviations from the paper: gated or residual layers, larger networks, Adam, limited gradients and
 log variances; averaged weights are tested, of the epoch of the smallest -ELBO (with --iw, too).
 """
@@ -19,22 +19,21 @@ log variances; averaged weights are tested, of the epoch of the smallest -ELBO (
 def flags():
     import common  # here, not above: a copied class needs torch alone
     p = common.parser("vae", __doc__, epochs=60, batch_size=128, lr=1e-3, test_samples=5000)
-    count = common.at_least(1)
-    p.add_argument("--hidden", type=count, nargs="+", default=[300, 300], help="units of layers")
-    p.add_argument("--channels", type=count, nargs=2, help="convolve: channels at 1/2, 1/4 size")
-    p.add_argument("--z-dim", type=count, default=40, help="size of z")
-    p.add_argument("--components", type=count, default=1, help="of p(z), a learned mixture if > 1")
-    p.add_argument("--likelihood", choices=("bernoulli", "gaussian"), default="bernoulli")
-    p.add_argument("--sigma", type=common.at_least(1e-6, float), default=1.0, help="of gaussian")
-    p.add_argument("--binarise", choices=("dynamic", "fixed"), default="dynamic", help="to train")
-    p.add_argument("--iw", type=count, default=1, help="samples of the bound to train on; 1: ELBO")
+    add, count = p.add_argument, common.at_least(1)
+    add("--hidden", type=count, nargs="+", default=[300, 300], help="units of layers")
+    add("--channels", type=count, nargs=2, help="convolve: channels at 1/2, 1/4 size")
+    add("--z-dim", type=count, default=40, help="size of z")
+    add("--components", type=count, default=1, help="of p(z), a learned mixture if > 1")
+    add("--likelihood", choices=("bernoulli", "gaussian"), default="bernoulli")
+    add("--sigma", type=common.at_least(1e-6, float), default=1.0, help="of gaussian")
+    add("--binarise", choices=("dynamic", "fixed"), default="dynamic",
+        help="training pixels drawn anew at every use, or once (bernoulli)")
+    add("--iw", type=count, default=1, help="samples of the bound to train on; 1: ELBO")
     return p
 
 if __name__ == "__main__":
     flags().parse_args()    # before torch, whose import takes seconds: --help answers at once
-import math
-import torch
-import torch.nn.functional as F
+import math, torch, torch.nn.functional as F
 from torch import nn
 
 def linear(d_in, d_out):    # weights of variance 1 / d_in, three times torch's: it learns faster
@@ -48,12 +47,13 @@ def mlp(d_in, hidden, d_out):    # gated, h = (A x + a) * sigmoid(B x + b); the 
         layers += [linear(d_in, 2 * h), nn.GLU()]
         d_in = h
     return nn.Sequential(*layers, linear(d_in, d_out))
-class Residual(nn.Sequential):    # x + two 3x3 convolutions
+class Residual(nn.Module):    # x + two 3x3 convolutions
     def __init__(self, channels):
-        super().__init__(nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1),
-                         nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1))
+        super().__init__()
+        self.body = nn.Sequential(nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1),
+                                  nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1))
     def forward(self, x):
-        return x + super().forward(x)
+        return x + self.body(x)
 def conv_nets(shape, channels, z_dim):
     """Encoder (B, C * H * W) -> (B, 2 z_dim) and decoder (B, z_dim) -> (B, C * H * W)."""
     c, h, w = shape
@@ -122,8 +122,7 @@ class VAE(nn.Module):
             log_px = -0.5 * (((x - out) / self.sigma)**2 + log_2_pi_var).sum(-1)
         log_ratio = self.log_prior(z) + 0.5 * (eps**2 + logvar).sum(-1)    # log p(z) / q(z|x)
         kl = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(-1).expand_as(log_px)    # appendix B
-        if self.components > 1:    # for which there is no such formula
-            kl = -log_ratio
+        kl = kl if self.components == 1 else -log_ratio    # a mixture has no such formula
         terms = log_px, kl, log_px + log_ratio
         return terms if k else [term[0] for term in terms]
     @torch.no_grad()
@@ -131,7 +130,7 @@ class VAE(nn.Module):
         """n images from the prior, as means (n, C, H, W)."""
         z = torch.randn(n, self.z_dim).to(next(self.parameters()))
         if self.components > 1:
-            which = torch.multinomial(self.logits.softmax(0), n, replacement=True)
+            which = torch.multinomial(self.logits.softmax(0).cpu(), n, replacement=True)
             z = (self.means[which] + z) * self.log_std.clamp(-7, 7).exp()
         return self.decode(z)
 
@@ -150,9 +149,10 @@ def draw_pictures(model, x, y, folder, n=100):
     weight = torch.linspace(0, 1, 10, device=x.device)[:, None]
     lines = [torch.lerp(a, b, weight) for a, b in zip(mu[::2], mu[1::2])]
     save("interpolation", model.decode(torch.cat(lines)), 10)
-    if (model.z_dim, model.components) == (2, 1):    # figure 4: through the Gaussian's quantiles
+    if model.z_dim == 2:
         quantiles = torch.special.ndtri(torch.linspace(0.025, 0.975, 20, device=x.device))
-        save("manifold", model.decode(torch.cartesian_prod(-quantiles, quantiles).flip(1)), 20)
+        if model.components == 1:    # figure 4 of the paper: through the Gaussian's quantiles
+            save("manifold", model.decode(torch.cartesian_prod(-quantiles, quantiles).flip(1)), 20)
         from matplotlib.figure import Figure
         ax = Figure((8, 8)).subplots()
         places, _ = model.encode(x[:5000])
