@@ -100,8 +100,9 @@ def models(ssl=False):    # each code path of each class: name, model, inputs
     for likelihood, channels in itertools.product(("bernoulli", "gaussian"), (None, (2, 3))):
         yield f"VAE {channels}", vae.VAE((1, 4, 4), (7, 5), 3, likelihood, channels), (x,)
     yield "VAE mixture", vae.VAE((1, 4, 4), (7, 5), 3, components=30), (x,)
-    for z_dim, (on, y) in itertools.product((3, 0), (("label", y), ("quadrants", cvae.hide(x, 1)))):
-        yield f"CVAE {on} {z_dim}", cvae.CVAE((1, 4, 4), on, z_dim, 3, (7, 5)), (x, y)
+    given = ("label", y), ("quadrants", cvae.hide(x, 1))
+    for z_dim, (on, y), channels in itertools.product((3, 0), given, (None, (2, 3))):
+        yield f"CVAE {on} {z_dim}", cvae.CVAE((1, 4, 4), on, z_dim, 3, (7, 5), channels), (x, y)
     yield from draws()
     yield from vrnns()
     for m in ssl_models() if ssl else ():
@@ -396,9 +397,9 @@ def test_the_condition_is_used():
         right, wrong = [common.evaluate(m, x[2000:], y[2000:].roll(n))["neg_elbo"] for n in (0, 7)]
         assert wrong > right + 1, (type(m), right, wrong)
 def test_hidden_pixels_stay_hidden_and_observed_ones_come_back():
-    a, m = torch.rand(6, 1, 5, 7).round(), cvae.CVAE((1, 5, 7), "quadrants", z_dim=3, hidden=8)
-    for quadrants in (1, 2, 3):
-        y = cvae.hide(a, quadrants)
+    a = torch.rand(6, 1, 5, 7).round()
+    for quadrants, channels in itertools.product((1, 2, 3), (None, (2, 3))):
+        y, m = cvae.hide(a, quadrants), cvae.CVAE((1, 5, 7), "quadrants", 3, 10, 8, channels)
         b = torch.where(y < 0, 1 - a, a)    # differs in every hidden pixel
         assert torch.equal(y, cvae.hide(b, quadrants))
         assert torch.equal(m.sample(y)[y >= 0], a[y >= 0])
@@ -564,7 +565,8 @@ def test_two_processes_share_gradients_and_nothing_else():
     assert sorted(parts) == list(range(200)), "a batch is not divided between the processes"
     assert not torch.equal(*noise[:2]) and not torch.equal(*noise[2:]), "both draw the same noise"
 PATHS = {"vae": ["", "--likelihood gaussian --z-dim 2", "--channels 2 3 --iw 3 --components 3"],
-         "cvae": ["", "--condition quadrants --quadrants 2", "--condition quadrants --z-dim 0"],
+         "cvae": ["", "--condition quadrants --quadrants 2 --channels 2 3",
+                  "--condition quadrants --z-dim 0"],
          "ssl_vae": ["", "--auxiliary --no-augment", "--supervised-only"],
          **dict.fromkeys(("draw", "cdraw"), ["", "--no-attention --prior standard",
                                              "--read-size 1 --write-size 28 --temperature 0"]),
@@ -648,7 +650,7 @@ vae | --resume cut.pt; --resume dict.pt; --resume code.pt; --out-dir run; --out-
 vae | --out-dir cut.pt/deep | Not a directory
 vae | --resume run --z-dim 7 | 'z_dim': 4
 vae | --data-dir bad --dataset mnist; --data-dir bad | bad/MNIST
-cvae | --quadrants 4; --z-dim -1; --condition text; --resume run
+cvae | --quadrants 4; --z-dim -1; --condition text; --resume run; --channels 2 0
 ssl_vae | --labels 0; --labels 7; --labels 60000; --alpha -1; --resume run
 draw | --glimpses 0; --read-size 0; --prior flat; --resume run
 cdraw | --write-size 0; --glimpses two; --resume run; --classes 1 x; --classes 10 11x
@@ -702,9 +704,8 @@ def test_download_tries_every_mirror_and_is_checked():
                               (f"{part}-labels-idx1-ubyte.gz", gzip.compress(labels, 1))):
             sums.append((name, hashlib.md5(content).hexdigest()))
             files.update({f"good/{name}": content, f"bad/{name}": content[:-9]})
-    with folder(), patched(MNIST, "resources", sums), \
-            patched(common, "glyph_images", lambda n: many), \
-            contextlib.redirect_stderr(io.StringIO()):
+    with folder(), patched(MNIST, "resources", sums), contextlib.redirect_stderr(io.StringIO()), \
+            patched(common, "glyph_images", lambda n: many):
         for name, content in files.items():
             Path(name).parent.mkdir(exist_ok=True)
             Path(name).write_bytes(content)
@@ -790,8 +791,7 @@ def test_own_recordings_and_drawings_are_framed_and_learned_from():
             assert (high - low)[200:-200].abs().max() < (300 if width == 1 else 40), width
         basis, names = vrnn.dct(200, "cpu"), [f"{'ab'[i % 2]}/{i}.wav" for i in range(40)]
         close(basis @ basis.T, torch.eye(200))    # so that densities are those of the samples
-        for i, name in enumerate(names):
-            wav_file(f"in/{name}", 200 * i + 1)
+        [wav_file(f"in/{name}", 200 * i + 1) for i, name in enumerate(names)]
         line = '{"word": "the %d", "drawing": [[[0, %d], [0, 3]], [[9], [9]]]}\n'
         Path("in/a.ndjson").write_text("".join(line % (i % 2, i) for i in range(40)))
         heard, drawn = [vrnn.read_data(data_args(name, "in")) for name in ("wav", "ndjson")]
