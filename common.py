@@ -161,7 +161,6 @@ def batches(args, epoch, *tensors):
     """An epoch's shuffled batches of tensors (N, ...)."""
     for index in epoch_order(args, epoch, len(tensors[0])).to(args.device):
         yield [t[index] for t in tensors]
-
 def gaussian_kl(mu_q, logvar_q, mu_p, logvar_p):
     """KL(N(mu_q, e^logvar_q) || N(mu_p, e^logvar_p)), elementwise, in nats."""
     return 0.5 * (logvar_p - logvar_q - 1 + ((mu_q - mu_p)**2 + logvar_q.exp()) / logvar_p.exp())
@@ -185,9 +184,10 @@ def share_gradients(model, args):
     """Under torchrun, give every process the mean of all processes' gradients."""
     if args.run.world > 1:
         grads = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.nn.utils.parameters_to_vector(grads) / args.run.world
+        flat = torch.cat([grad.flatten() for grad in grads]) / args.run.world
         torch.distributed.all_reduce(flat)
-        torch.nn.utils.vector_to_parameters(flat, grads)
+        for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads])):
+            grad.copy_(mean.view_as(grad))    # which keeps its layout, as fused Adam needs
 def write(path, content):
     """Write bytes to a temporary file, then rename it: half a file never bears its name."""
     path.with_name(path.name + ".tmp").write_bytes(content)

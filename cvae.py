@@ -9,8 +9,8 @@
     python cvae.py                                      # y is the digit
     python cvae.py --channels 16 32                     # residual convolutions: better, and slower
     python cvae.py --condition quadrants --quadrants 1  # y is the lower left quarter of the image
-Measured, MNIST, seed 0, test -log p(x|y) given the label: 82.54 nats, with --channels 16 32 80.11;
-of hidden pixels given 1 quadrant, with them too, 58.35; given 2, 3, --warm-up 1, 41.82, 19.31.
+Measured, MNIST, seed 0, test -log p(x|y) given the label: 82.54 (1,000 samples), --channels 16 32
+--epochs 50: 80.11 (200); given 1, 2, 3 quadrants, --warm-up 1: 60.12, 41.82, 19.31 (100).
 Deviations: the paper's x, y are y, x here; gated or residual layers; Adam; averaged weights; a KL
 weight that rises to 1; no hybrid objective nor first guess of x; limited log variances, gradients.
 """
@@ -22,7 +22,7 @@ def flags():
     add("--condition", choices=("label", "quadrants"), default="label", help="what y is")
     add("--quadrants", type=int, choices=(1, 2, 3), default=1, help="how many are seen")
     add("--z-dim", type=common.at_least(0), default=40, help="size of z; 0: deterministic")
-    add("--hidden", type=count, nargs="+", default=[300, 300], help="encoder's; decoder: reversed")
+    add("--hidden", type=count, nargs="+", default=[300, 300], help="units; decoder: reversed")
     add("--channels", type=count, nargs=2, help="convolve: channels at 1/2, 1/4 size")
     add("--warm-up", type=count, default=5, help="epochs until the KL counts in full; 1: at once")
     return p
