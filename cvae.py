@@ -76,8 +76,8 @@ class CVAE(nn.Module):
         first, *rest = (hidden,) if isinstance(hidden, int) else hidden
         c, h, w = shape
         self.shape, self.condition, self.z_dim = tuple(shape), condition, z_dim
-        def image_net(c):    # features of images of c channels
-            size = (c, h, w, *channels) if channels else (c * h * w,)
+        def image_net(planes):    # features of images of so many channels
+            size = (planes, h, w, *channels) if channels else (planes * h * w,)
             return nn.Sequential((conv_encoder if channels else linear)(*size, 2 * first), nn.GLU())
         if condition == "label":
             self.phi_y = nn.Embedding(num_classes, first)
