@@ -197,7 +197,7 @@ def main(argv=None):
     data = None if args.sample else common.images(args)
     names = (args.run.saved if args.sample else args.run.about)["classes"]
     asked = sum(([word] if word in names else [*word] for word in args.classes or names), [])
-    if not set(asked) <= set(names):
+    if not asked or not set(asked) <= set(names):
         common.fail(f"--classes {' '.join(args.classes)}: must be some of {', '.join(names)}")
     asked = (asked * args.sample)[:args.sample] if args.sample else asked
     wanted = asked if args.sample or args.classes else 4 * asked

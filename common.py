@@ -1,22 +1,20 @@
 """What the scripts share. They import it inside functions: a copied class needs torch alone."""
 import argparse, atexit, contextlib, copy, io, json, math, os, socket, statistics, sys, time, zlib
 from pathlib import Path
-
 class Lazy:    # importing torch takes seconds, and --help should not
     __getattr__ = lambda self, name: getattr(__import__("torch"), name)
 torch = Lazy()
-
 def fail(message):
     """End the program with one line on standard error and exit status 2."""
     print(f"{Path(sys.argv[0]).name}: {str(message).splitlines()[0]}", file=sys.stderr)
     sys.exit(2)
 def last_words(kind, error, trace):
-    """An excepthook: Ctrl-C says how to resume, status 130; trouble with a file is one line."""
+    """An excepthook: Ctrl-C says how to resume, status 130; files, memory: one line."""
     if kind is KeyboardInterrupt:
         print(f"\nstopped{Run.hint}", flush=True)
         os._exit(130)    # at once
-    if issubclass(kind, OSError):
-        fail(f"{error}; no file was left half written")
+    if issubclass(kind, (OSError, MemoryError)) or "allocate" in str(error):
+        fail(f"{str(error) or kind.__name__}; no file was left half written")
     sys.__excepthook__(kind, error, trace)
 def at_least(low, kind=int):
     """An argparse type: a number from `low` to 2**63, whole unless kind=float."""
@@ -27,6 +25,7 @@ def at_least(low, kind=int):
     return number
 def parser(script, doc, epochs, batch_size, lr, test_samples, datasets=()):
     """The flags of every script; the defaults are the script's own."""
+    sys.excepthook = last_words    # from here on, before torch is imported
     bases = argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
     p = argparse.ArgumentParser(f"{script}.py", "%(prog)s [flags]; --help lists them", doc,
                                 formatter_class=type("Help", bases, {}), allow_abbrev=False)
@@ -47,10 +46,9 @@ def parser(script, doc, epochs, batch_size, lr, test_samples, datasets=()):
     return p
 def parse(p, argv=None):
     """Parse; take the checkpoint's flags where none are given; choose device and seed."""
-    sys.excepthook = last_words
     args = p.parse_args(argv)
     run = argparse.Namespace(script=p.prog[:-3], saved=None, rank=0, world=1, note="", about={})
-    if args.resume:
+    if args.resume is not None:
         path = Path(args.resume).expanduser()
         path = path / "checkpoint.pt" if path.is_dir() else path
         try:
@@ -73,8 +71,8 @@ def parse(p, argv=None):
             torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
             run.rank, run.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
             atexit.register(torch.distributed.destroy_process_group)
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=args.device).item()
+    except Exception as error:    # there are many kinds
         fail(f"--device {args.device} can't be used, try auto: {error}")
     torch.backends.cudnn.allow_tf32 = False    # convolutions in float32, as products are
     torch.set_flush_denormal(True)    # tiny numbers would slow a CPU several times
@@ -86,9 +84,15 @@ def images(args):
     from torchvision import datasets, transforms
     name, root = args.dataset or "mnist", Path(args.data_dir).expanduser()
     if name == "folder":    # own images, in a sub-folder per class
-        steps = transforms.Grayscale(), transforms.Resize([args.image_size] * 2)
-        found = datasets.ImageFolder(root, transforms.Compose([*steps, transforms.PILToTensor()]))
+        def load(path):    # Pillow's errors are of many kinds, and seldom name the file
+            try:
+                image = datasets.folder.default_loader(path).convert("L")
+                return transforms.PILToTensor()(transforms.Resize([args.image_size] * 2)(image))
+            except Exception as error:
+                fail(f"{path}: not an image: {error!r}")
+        found = datasets.ImageFolder(root, loader=load, allow_empty=True)
         found.imgs[:] = [one for one in found.imgs if f"{os.sep}." not in one[0][len(str(root)):]]
+        found.imgs or fail(f"{root}: no images in sub-folders")
         tens = [zlib.crc32(os.fsencode(os.path.relpath(path, root))) % 10 for path, _ in found.imgs]
         x, y = [torch.stack([torch.as_tensor(v) for v in values]) for values in zip(*found)]
         cuts = [torch.tensor(tens).clamp(max=2) == part for part in (2, 1, 0)]
@@ -98,14 +102,13 @@ def images(args):
         socket.setdefaulttimeout(4)    # seconds, for each of torchvision's mirrors
         try:
             both = [kind(root, train, download=True) for train in (True, False)]
-            x = torch.cat([half.data[:, None] for half in both])
-            y = torch.cat([half.targets for half in both])
+            x, y = map(torch.cat, zip(*[(half.data[:, None], half.targets) for half in both]))
             cuts = slice(5000, len(both[0])), slice(5000), slice(len(both[0]), None)
         except Exception as error:    # torchvision lets through whatever its parser stumbles over
             with contextlib.suppress(OSError):    # torchvision leaves empty folders
                 os.removedirs(folder)
             if args.dataset or folder.exists():
-                fail(f"{name}: no download, or damaged files in {folder}: {error}")
+                fail(f"{name}: can't download, or read {folder}/{{train,t10k}}*-ubyte*: {error!r}")
             args.run.note = f"NOT MNIST (not in {args.data_dir}, no download): glyphs from fonts\n"
             name = "glyphs"
     if name == "glyphs":
@@ -115,11 +118,10 @@ def images(args):
     kept, y = y.unique(return_inverse=True)    # no classes of hidden folders
     classes = [found.classes[c] if name == "folder" else str(c) for c in kept.tolist()]
     args.run.about = {"classes": classes, "examples": len(x)}
-    args.dataset, n = name, args.batch_size if args.dry_run else None
+    args.dataset, n = name, max(args.batch_size, args.run.world) if args.dry_run else None
     train, valid, test = [(x[c][:n].to(args.device), y[c][:n].to(args.device)) for c in cuts]
     return argparse.Namespace(train=train, valid=valid, test=test, shape=(1, *x.shape[2:]),
-                              num_classes=len(classes))
-
+                              num_classes=len(classes), classes=classes)
 def glyph_fonts():
     """The DejaVu fonts that come with matplotlib, but for its Display fonts, as paths."""
     from matplotlib import get_data_path
@@ -139,7 +141,6 @@ def glyph_images(n):
         top, left = [random.integers(29 - side) // 2 + (28 - side) // 4 for side in ink.shape]
         image[0, top:top + ink.shape[0], left:left + ink.shape[1]] = ink
     return torch.from_numpy(x), torch.from_numpy(y)
-
 def binarise(x, seed=None):
     """Pixels from Bernoulli(x / 255): new ones at every call, or always the same for a seed."""
     g = None if seed is None else torch.Generator().manual_seed(seed)
@@ -147,8 +148,7 @@ def binarise(x, seed=None):
     return (noise.to(x.device) * 255 < x).float()
 def epoch_order(args, epoch, n, lengths=None):
     """Seed the noise; return the epoch's order of n examples, (steps, examples), on the CPU."""
-    seed = hash((args.seed, epoch))
-    torch.manual_seed(seed)
+    torch.manual_seed(seed := hash((args.seed, epoch)))
     size = max(1, min(args.batch_size, n) // args.run.world) * args.run.world
     index = torch.randperm(n)[:n // size * size]
     if lengths is not None:    # (n,): examples of similar length share a step

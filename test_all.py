@@ -5,15 +5,12 @@
 """Tests without a network, about three minutes: python test_all.py [NAME ...], or pytest; "speed"
 prints a table of speeds. SEQVAE_DATA=DIR: also on real data in DIR; SEQVAE_KILLS=N: more kills."""
 import ast, contextlib, csv, functools, gzip, hashlib, http.server, importlib, inspect, io
-import itertools, json, math, multiprocessing, os, pty, random, re, resource, shlex, shutil, signal
-import struct, subprocess, sys, tempfile, threading, time, unittest
-from concurrent.futures import ThreadPoolExecutor
+import itertools, json, math, multiprocessing.pool, os, pty, random, re, resource, shlex, shutil
+import signal, struct, subprocess, sys, tempfile, threading, time, unittest, unittest.mock as mock
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 os.environ.setdefault("OMP_NUM_THREADS", "1")    # more threads slow tiny models down
-import torch
-from torch import nn
+import torch, torch.nn as nn
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
 from torch.utils.flop_counter import FlopCounterMode
 import cdraw, common, cvae, draw, ssl_vae, vae, vrnn
@@ -43,8 +40,8 @@ def recorded(m, *names):    # lists that fill with (inputs, output) of modules o
 def tiny_images(args):    # stands for common.images
     args.dataset, args.run.about, (x, y) = "glyphs", {"classes": [*"0123456789"]}, glyphs()
     cuts = (0, args.batch_size if args.dry_run else 200), (200, 300), (300, 400)
-    train, valid, test = [(x[a:b], y[a:b]) for a, b in cuts]
-    return SimpleNamespace(train=train, valid=valid, test=test, shape=(1, 28, 28), num_classes=10)
+    parts = {name: (x[a:b], y[a:b]) for name, (a, b) in zip(("train", "valid", "test"), cuts)}
+    return SimpleNamespace(shape=(1, 28, 28), num_classes=10, classes=[*"0123456789"], **parts)
 @functools.cache
 def tiny_strokes(root):    # stands for vrnn.glyph_strokes
     few = itertools.islice(draw_strokes(root), 170)
@@ -222,7 +219,7 @@ def test_every_model_in_float64_and_bfloat16_and_at_extremes():
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 mixed = m(*inputs)
                 sum(t.sum() for t in mixed).backward()
-                assert sample(m, inputs).isfinite().all(), name
+                assert math.isfinite(sample(m, inputs).numpy().sum()), name    # no bfloat16
             m.double()
             exact = [t.double() if t.is_floating_point() else t for t in inputs]
             for a, two, k, b, c in zip(single, twice, thrice, mixed, m(*exact)):
@@ -504,8 +501,8 @@ def test_ctrl_c_says_how_to_resume_and_a_terminal_sees_a_live_line():
                     run.send_signal(signal.SIGINT)
                     time.sleep(0.02)
         return run.wait(), said, time.time() - began
-    with folder(), ThreadPoolExecutor(2) as pool:
-        (once, said, _), (twice, _, seconds) = pool.map(interrupted, ("a", "b"), (1, 2))
+    with folder(), multiprocessing.pool.ThreadPool(2) as pool:
+        (once, said, _), (twice, _, seconds) = pool.starmap(interrupted, (("a", 1), ("b", 2)))
     assert once == 130 and "Traceback" not in said and "--resume a" in said.splitlines()[-1], said
     assert re.search(r"epoch 1, step 1 of 10, loss \d+.*, \d+ s left \r", said), said
     assert twice in (130, -signal.SIGINT) and seconds < 20, (twice, seconds)
@@ -585,8 +582,8 @@ def test_every_script_and_path_as_a_user_runs_it():
         run = run_script(script, f"--dry-run --dataset glyphs --out-dir {script}0", env=left,
                          text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         return run.communicate()[1], run.returncode
-    with folder(), ThreadPoolExecutor(2) as pool:
-        for (script, paths), (error, status) in zip(PATHS.items(), pool.map(first, PATHS)):
+    with folder(), multiprocessing.pool.ThreadPool(2) as pool:
+        for (script, paths), (error, status) in zip(PATHS.items(), pool.imap(first, PATHS)):
             assert status == 0, error
             for i, path in enumerate(paths):
                 out = f"{script}{i}"
@@ -653,12 +650,12 @@ vae | --out-dir cut.pt/deep | Not a directory
 vae | --resume run --z-dim 7 | 'z_dim': 4
 vae | --data-dir bad --dataset mnist; --data-dir bad | bad/MNIST
 cvae | --quadrants 4; --z-dim -1; --condition text; --resume run; --channels 2 0; --warm-up 0
-ssl_vae | --labels 0; --labels 7; --labels 60000; --alpha -1; --resume run
-draw | --glimpses 0; --read-size 0; --prior flat; --resume run
-cdraw | --write-size 0; --glimpses two; --resume run; --classes 1 x; --classes 10 11x
+ssl_vae | --labels 0; --labels 7; --labels 60000; --alpha -1; --resume run; --resume ''
+draw | --glimpses 0; --read-size 0; --prior flat; --resume run; --device meta
+cdraw | --write-size 0; --glimpses two; --resume run; --classes 1 x; --classes 10 11x; --classes ''
 vrnn | --sample 3; --sample 3 --conditional | needs --resume
 vrnn | --temperature 0; --mixtures 0; --resume run; --dataset wav --data-dir wavs --conditional
-vrnn | --digits 12; --conditional --digits x | --classes needs
+vrnn | --digits 12; --conditional --digits x; --conditional --digits '' | --classes needs
 vrnn | --dataset wav --data-dir none | none: 
 vrnn | --dataset wav --data-dir bad | bad.wav: not a WAV file: EOFError(); try ffmpeg -i bad/bad.wav
 vrnn | --dataset wav --data-dir long | long.wav: 400001 samples
@@ -740,7 +737,8 @@ def test_own_images_are_made_grey_and_square_and_split_by_name():
     from torchvision.io import read_image, write_jpeg, write_png
     real, args, before = common.images, data_args("folder", "in"), [set(), set(), set()]
     with folder():
-        wav_file("in/.cache/a.png", 9)    # no image, and no class
+        wav_file("in/.cache/a/b.png", 9)    # no image, and no class
+        os.makedirs("in/.empty")
         for i in range(120):
             path = Path("in", ("12", "o k", "\u00e9")[i % 3], f"{i}.{'png' if i % 4 else 'jpg'}")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -762,6 +760,8 @@ def test_own_images_are_made_grey_and_square_and_split_by_name():
         assert load("out/draw-2/best.pt")["model"]["_extra_state"] == 4
         train("cdraw", f"--resume {HERE}/.github/weights/cdraw.pt --sample 2 --digits 31", None)
         assert "some of 12, o k" in outcome("cdraw", "--resume out/cdraw-1 --classes 3", real)[1]
+        assert read_data(args).classes == ["12", "o k", "\u00e9"]
+        assert "a/b.png: not an" in outcome("vae", "--dataset folder --data-dir in/.cache", real)[1]
 def test_sequences_are_padded_per_batch_and_image_rows_are_rows():
     pairs = [(torch.full((n, 2), float(n)), str(n % 2)) for n in (3, 1000, 2, 5)]
     data = vrnn.Sequences(pairs, "cpu", ["0", "1"])
@@ -793,7 +793,7 @@ def test_own_recordings_and_drawings_are_framed_and_learned_from():
         close(basis @ basis.T, torch.eye(200))    # so that densities are those of the samples
         [wav_file(f"in/{name}", 200 * i + 1) for i, name in enumerate(names)]
         line = '{"word": "the %d", "drawing": [[[0, %d], [0, 3]], [[9], [9]]]}\n'
-        Path("in/a.ndjson").write_text("".join(line % (i % 2, i) for i in range(40)))
+        Path("in/a.ndjson").write_text("\ufeff" + "".join(line % (i % 2, i) for i in range(40)))
         heard, drawn = [vrnn.read_data(data_args(name, "in")) for name in ("wav", "ndjson")]
         parts = [p.lengths.tolist() for p in (heard.train, heard.valid, heard.test)]
         assert all(vrnn.hash_split(names[n - 1]) == i for i, part in enumerate(parts) for n in part)

@@ -166,7 +166,7 @@ class VRNN(nn.Module):
             mu_p, logvar_p = self.gaussian(self.prior_net, h, label)               # eq. 5
             f_z = self.phi_z(mu_p + z_temperature * (0.5 * logvar_p).exp() * torch.randn_like(mu_p))
             x = self.draw(self.dec(torch.cat([f_z, h, label], 1)), temperature)    # eq. 6
-            xs.append(torch.where((t < lengths)[:, None], x, 0.0))
+            xs.append(torch.where((t < lengths)[:, None], x, 0.0).to(self.h_0))
             h = self.gru(torch.cat([self.phi_x(x), f_z, label], 1), h)             # eq. 7
             if self.end is not None:
                 s = (self.end(h).squeeze(1) / temperature).sigmoid()
@@ -193,7 +193,7 @@ class Sequences:
 
 def read_data(args):
     """train, valid and test, each a Sequences; kind, "rows", "pen" or "speech"; scale, by which
-    values were divided; unit, in which they were recorded; classes, [] if there are no labels."""
+    values were divided; unit, in which they were recorded; classes, [] if none are given."""
     import common
     readers = {"pendigits": pendigits, "iam-ondb": iam_ondb, "ndjson": drawings, "wav": wav_folder,
                "glyphs": glyph_strokes, "speech": spoken_digits}    # yield part, sequence, label
@@ -209,9 +209,9 @@ def read_data(args):
     if not all(parts):
         common.fail(f"{args.data_dir}: {[*map(len, parts)]} sequences to train, validate and test")
     labels = {label for part in parts for _, label in part}
-    names = [] if "" in labels else sorted(labels)
+    names = sorted(labels) if args.conditional and "" not in labels else []
     n = (args.batch_size or 32) if args.dry_run else None
-    train, valid, test = [Sequences(p[:n], args.device, args.conditional and names) for p in parts]
+    train, valid, test = [Sequences(p[:n], args.device, names) for p in parts]
     rms, scale, columns = 1.0, 1.0, 2 if kind == "pen" else None    # not pen-up
     if kind != "rows":
         rms = float(f"{train.frames[:, :columns].cpu().double().square().mean().sqrt():.6g}")
@@ -240,13 +240,13 @@ def dct(n, device):    # the orthonormal cosine transform (n, n) of frames (...,
     return base.float().to(device)
 def image_rows(images):
     for part, (x, y) in enumerate((images.train, images.valid, images.test)):
-        yield from ((part, rows, str(c)) for rows, c in zip(x.cpu().flatten(1, 2), y.tolist()))
+        yield from ((part, v, images.classes[c]) for v, c in zip(x.cpu().flatten(1, 2), y.cpu()))
 def moves(strokes, file, up=1):    # up=-1: y points downwards
     """Lists of points (x, y) -> (T, 3) rows (dx, dy, pen-up); pen-up is 1 where a stroke ends."""
     points = [(float(x), float(y), i == len(s)) for s in strokes for i, (x, y) in enumerate(s, 1)]
     points = torch.tensor(points, dtype=torch.float64).view(-1, 3)
-    if not 0 < len(points) <= 2000 or not points.isfinite().all():
-        raise ValueError(f"{file}: has {len(points)} points; must be 1 to 2000, and finite")
+    if not 0 < len(points) <= 2000 or not (points.isfinite() & (points == points.round())).all():
+        raise ValueError(f"{file}: has {len(points)} points; must be 1 to 2000, in whole numbers")
     points[:, :2] = points[:, :2].diff(dim=0, prepend=points[:1, :2]) * torch.tensor([1, up])
     return points.float()
 def glyph_strokes(root):    # outlines in matplotlib's fonts, distorted: integers, about 100 high
@@ -291,8 +291,7 @@ def iam_ondb(root):    # the user's copy, split by its three lists if all are th
     files = [file for file in files_below(root, ".xml") if "lineStrokes" in file.parts]
     if not files:
         raise ValueError(f"no lineStrokes/**/*.xml in {root}; IAM-OnDB has to be registered for")
-    lists = [root / name for name in ("trainset.txt", "testset_v.txt", "testset_f.txt")]
-    listed = {}
+    lists, listed = [root / f"{name}.txt" for name in ("trainset", "testset_v", "testset_f")], {}
     for part, file in enumerate(lists if all(file.exists() for file in lists) else []):
         listed.update(dict.fromkeys(file.read_text("latin-1").split(), part))
     for file in files:
@@ -300,18 +299,18 @@ def iam_ondb(root):    # the user's copy, split by its three lists if all are th
         try:
             strokes = [stroke.iter("Point") for stroke in ElementTree.parse(file).iter("Stroke")]
             x = moves([[(p.get("x"), p.get("y")) for p in stroke] for stroke in strokes], file, -1)
-        except (ElementTree.ParseError, TypeError, ValueError) as error:
+        except (ElementTree.ParseError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: not a file of strokes: {error}")
         if part is not None:
             yield part, x, ""
 def drawings(root):    # a JSON object a line, in the simplified format of Quick, Draw!
     for file in files_below(root, ".ndjson"):
-        for i, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+        for i, line in enumerate(file.read_bytes().splitlines(), 1):
             try:
                 one = json.loads(line)
-                x = moves([list(zip(*stroke)) for stroke in one["drawing"]], file, -1)
-                yield hash_split(str(one.get("key_id", i))), x, str(one["word"])
-            except (KeyError, TypeError, ValueError) as error:
+                x = moves([list(zip(*stroke, strict=True)) for stroke in one["drawing"]], file, -1)
+                yield hash_split(str(one.get("key_id") or i)), x, str(one["word"])
+            except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
                 raise ValueError(f"{file}: line {i} is no drawing: {error!r}")
 def spoken_digits(root):    # Free Spoken Digit Dataset: recordings 0-4 test, 5-9 validation
     folder = root / "free-spoken-digit-dataset-1.0.10" / "recordings"
@@ -333,14 +332,15 @@ def frames(file, rate=8000, size=200):    # (T, size) samples, channels' mean; z
         with wave.open(io.BytesIO(raw)) as sound:    # EXTENSIBLE made plain, for Python 3.11
             channels, width, old_rate, n = sound.getparams()[:4]
             data = bytearray(sound.readframes(n))
-    except (wave.Error, EOFError, OSError) as error:
+    except (wave.Error, EOFError, OSError, RuntimeError) as error:
         raise ValueError(f"{file}: not a WAV file: {error!r}; try ffmpeg -i {file} NEW.wav")
     n = len(data) // (width * channels)
     new = max(int(n > 0), round(n * rate / max(1, old_rate)))
     if not 0 < new <= 2000 * size:
         raise ValueError(f"{file}: {new} samples at {rate} Hz; must be 1 to {2000 * size}")
     x = torch.frombuffer(data, dtype=torch.uint8, count=n * channels * width).view(-1, width)
-    x = x[:, -2:] if width > 1 else F.pad(x ^ 128, (1, 0))    # 16 of 8 (unsigned) to 32 bits
+    low = torch.randint(256, x.shape, generator=torch.Generator().manual_seed(0)).byte()
+    x = x[:, -2:] if width > 1 else torch.cat([low, x ^ 128], 1)    # 16 of 8 (unsigned) to 32 bits
     x = x.contiguous().view(torch.int16).view(n, -1).float().mean(1)
     if new != n:    # by its spectrum: what the new rate can't hold is left out
         x = torch.fft.irfft(torch.fft.rfft(x)[:new // 2 + 1], new) * (new / n)
@@ -399,7 +399,7 @@ def main(argv=None):
     data = types.SimpleNamespace(**args.run.saved) if args.sample else read_data(args)
     labels = data.classes if args.conditional else []
     asked = sum(([word] if word in labels else [*word] for word in args.classes or labels), [])
-    if (args.conditional and not labels) or not set(asked) <= set(labels):
+    if (args.conditional and not asked) or not set(asked) <= set(labels):
         common.fail(f"--conditional needs labels; --classes needs it, and some of {labels}")
     def pictures(model, folder, n=None):    # a row of 8 per digit; or n in rows of 8
         torch.manual_seed(args.seed)
