@@ -145,7 +145,7 @@ class SSLVAE(nn.Module):
     def sample(self, y, z=None):
         """Images of the labels y (n,) in the style z (n, z_dim), N(0, I) if left out, as means."""
         z = torch.randn(len(y), self.dec_z.in_features).to(self.dec_z.weight) if z is None else z
-        return self.dec(self.dec_z(z) + self.dec_y(y)).sigmoid().view(-1, *self.shape)
+        return self.dec(self.dec_z(z) + self.dec_y(y)).to(z.dtype).sigmoid().view(-1, *self.shape)
 
 def random_affine(n, device="cpu", rotate=15, scale=0.15, shear=0.2, shift=0.1):
     """(n, 2, 3) maps, uniform within degrees, relative sizes, slope, and shares of half a side."""

@@ -100,7 +100,7 @@ class VAE(nn.Module):
         return mu, logvar.clamp(-14, 14)
     def decode(self, z):
         """The means of p(x|z) as images: z (B, z_dim) -> (B, C, H, W)."""
-        out = self.dec(z).view(-1, *self.shape)
+        out = self.dec(z).to(z.dtype).view(-1, *self.shape)
         return out.sigmoid() if self.likelihood == "bernoulli" else out
     def log_prior(self, z):
         """log p(z) without -z_dim / 2 log 2 pi, (k, B); z (k, B, z_dim)."""
