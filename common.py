@@ -118,7 +118,7 @@ def images(args):
     kept, y = y.unique(return_inverse=True)    # no classes of hidden folders
     classes = [found.classes[c] if name == "folder" else str(c) for c in kept.tolist()]
     args.run.about = {"classes": classes, "examples": len(x)}
-    args.dataset, n = name, max(args.batch_size, args.run.world) if args.dry_run else None
+    args.dataset, n = name, max(args.batch_size or 32, args.run.world) if args.dry_run else None
     train, valid, test = [(x[c][:n].to(args.device), y[c][:n].to(args.device)) for c in cuts]
     return argparse.Namespace(train=train, valid=valid, test=test, shape=(1, *x.shape[2:]),
                               num_classes=len(classes), classes=classes)

@@ -614,7 +614,7 @@ def test_help_and_misspelt_flags_answer_at_once():
 def test_without_network_and_data_it_says_not_mnist():
     with folder():
         env = {**os.environ, **dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")}
-        run = run_script("vae", "--dry-run --device cpu", stdout=subprocess.PIPE, env=env)
+        run = run_script("vrnn", "--dry-run --device cpu", stdout=subprocess.PIPE, env=env)
         lines = run.communicate()[0].decode().strip().splitlines()
         assert run.returncode == 0 and "NOT MNIST" in lines[0] and "NOT MNIST" in lines[-1], lines
         assert os.listdir() == ["out"], "an empty data folder is left"

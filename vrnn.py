@@ -210,7 +210,7 @@ def read_data(args):
         common.fail(f"{args.data_dir}: {[*map(len, parts)]} sequences to train, validate and test")
     labels = {label for part in parts for _, label in part}
     names = sorted(labels) if args.conditional and "" not in labels else []
-    n = (args.batch_size or 32) if args.dry_run else None
+    n = max(args.batch_size or 32, args.run.world) if args.dry_run else None
     train, valid, test = [Sequences(p[:n], args.device, names) for p in parts]
     rms, scale, columns = 1.0, 1.0, 2 if kind == "pen" else None    # not pen-up
     if kind != "rows":
