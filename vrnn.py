@@ -166,12 +166,12 @@ class VRNN(nn.Module):
             mu_p, logvar_p = self.gaussian(self.prior_net, h, label)               # eq. 5
             f_z = self.phi_z(mu_p + z_temperature * (0.5 * logvar_p).exp() * torch.randn_like(mu_p))
             x = self.draw(self.dec(torch.cat([f_z, h, label], 1)), temperature)    # eq. 6
-            xs.append(torch.where((t < lengths)[:, None], x, 0.0).to(self.h_0))
+            xs.append(torch.where((t < lengths)[:, None], x, 0.0))
             h = self.gru(torch.cat([self.phi_x(x), f_z, label], 1), h)             # eq. 7
             if self.end is not None:
                 s = (self.end(h).squeeze(1) / temperature).sigmoid()
                 lengths = torch.where(torch.bernoulli(s).bool(), lengths.clamp(max=t + 1), lengths)
-        return torch.stack(xs), lengths
+        return torch.stack(xs).to(self.h_0), lengths
 
 class Sequences:
     """Without padding: frames (sum of lengths, D), y and ends on the device, lengths on the CPU."""
@@ -193,7 +193,7 @@ class Sequences:
 
 def read_data(args):
     """train, valid and test, each a Sequences; kind, "rows", "pen" or "speech"; scale, by which
-    values were divided; unit, in which they were recorded; classes, [] if none are given."""
+    values were divided; unit, in which they were recorded; classes, [] if not conditional."""
     import common
     readers = {"pendigits": pendigits, "iam-ondb": iam_ondb, "ndjson": drawings, "wav": wav_folder,
                "glyphs": glyph_strokes, "speech": spoken_digits}    # yield part, sequence, label
@@ -339,8 +339,8 @@ def frames(file, rate=8000, size=200):    # (T, size) samples, channels' mean; z
     if not 0 < new <= 2000 * size:
         raise ValueError(f"{file}: {new} samples at {rate} Hz; must be 1 to {2000 * size}")
     x = torch.frombuffer(data, dtype=torch.uint8, count=n * channels * width).view(-1, width)
-    low = torch.randint(256, x.shape, generator=torch.Generator().manual_seed(0)).byte()
-    x = x[:, -2:] if width > 1 else torch.cat([low, x ^ 128], 1)    # 16 of 8 (unsigned) to 32 bits
+    low = torch.randint(256, (len(x), 1), generator=torch.Generator().manual_seed(0)).byte()
+    x = x[:, -2:] if width > 1 else torch.cat([low, x ^ 128], 1)    # 16 bits, or 8 and noise
     x = x.contiguous().view(torch.int16).view(n, -1).float().mean(1)
     if new != n:    # by its spectrum: what the new rate can't hold is left out
         x = torch.fft.irfft(torch.fft.rfft(x)[:new // 2 + 1], new) * (new / n)
