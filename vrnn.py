@@ -19,8 +19,8 @@ was the last. The bound, now of log p(x, length), gains log(1 - s(h_t)) for t < 
     python vrnn.py    # MNIST rows, 7 epochs; with --epochs 10 an earlier revision had 81.77 nats
     python vrnn.py --dataset speech --conditional    # 150 epochs, batches of 32, lr 2e-3
     python vrnn.py --dataset pendigits --conditional --digits 27    # 30 epochs, of 48, lr 2e-3
-Deviations from the paper: GRU; SiLU; learned h_0; uniform noise one unit wide on recorded integers;
-speech shifted and cosine transformed; limited variances, correlations, gradients; averaged weights.
+Deviations from the paper: GRU; SiLU; learned h_0; noise on recorded integers; speech shifted and
+cosine transformed, strokes distorted; limited variances, correlations, gradients; averaged weights.
 """
 
 def flags():
@@ -95,11 +95,9 @@ class VRNN(nn.Module):
         t = torch.arange(len(x), device=x.device)[:, None]
         inside = t < lengths                                                       # (T, B)
         x = torch.where(inside[:, :, None], x, 0.0)
-        f_x = self.phi_x(x)
-        label = self.embed(y, x.shape[1])
-        h = self.h_0.expand(x.shape[1], -1)
+        label, h = self.embed(y, x.shape[1]), self.h_0.expand(x.shape[1], -1)
         steps = []
-        for f_x_t in f_x.unbind(0):    # a gradient of f_x[t] would be as large as f_x
+        for f_x_t in self.phi_x(x).unbind(0):    # a gradient of f_x[t] would be as large as f_x
             mu_q, logvar_q = self.gaussian(self.enc, f_x_t, h, label)              # eq. 9
             eps = torch.randn_like(mu_q)
             z = mu_q + (0.5 * logvar_q).exp() * eps
@@ -230,6 +228,9 @@ def prepare(x, data, seed=None):    # binary rows; integers with noise: always n
     if data.kind == "speech" and seed is None:    # in training a batch begins later, and loses as
         n = int(torch.randint(1, x.shape[2] + 1, ()))    # many samples, 0 to 199, at the end
         x = torch.cat([F.pad(x, (0, 0, 0, 0, 1, -1))[..., n:], x[..., :n]], 2)
+    if data.kind == "pen" and seed is None:    # and each drawing is stretched, turned and slanted
+        change = 0.15 * F.pad(torch.randn(x.shape[1], 2, 2, device=x.device), (0, 1, 0, 1))
+        x = x + (x[:, :, None] @ change).squeeze(2)
     noise = data.unit / data.scale * (noise - 0.5)
     noise[..., 2:] *= data.kind != "pen"    # pen-up stays 0 or 1
     return (x + noise) @ dct(x.shape[-1], x.device) if data.kind == "speech" else x + noise
@@ -414,10 +415,9 @@ def main(argv=None):
                                  speech=("gaussian", 1, 150, 32, 2e-3))[data.kind]
     for name, value in zip(("mixtures", "epochs", "batch_size", "lr"), defaults):
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    sizes = {k: getattr(args, k) for k in ("z_dim", "prior", "mixtures", "hidden", "features")}
     model_args = dict(x_dim=data.train.frames.shape[1], likelihood=likelihood,
-                      num_classes=len(labels), stop=data.kind != "rows")
-    for name in ("z_dim", "prior", "mixtures", "hidden", "features"):
-        model_args[name] = getattr(args, name)
+                      num_classes=len(labels), stop=data.kind != "rows", **sizes)
     model = VRNN(**model_args).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
     def evaluate(model, part, samples=1):
