@@ -16,7 +16,7 @@ With --conditional, every factor may depend on the label y; eq. 11 holds with y 
     log p(x|y) = log E_q[p(x, z|y) / q(z|x, y)] >= E_q[log p(x, z|y) - log q(z|x, y)]     (Jensen)
 Pen strokes and speech end by themselves: after each step, e_t ~ Bernoulli(s(h_t)) says whether x_t
 was the last. The bound, now of log p(x, length), gains log(1 - s(h_t)) for t < T, and log s(h_T).
-    python vrnn.py    # MNIST rows, 7 epochs; with --epochs 10 an earlier revision had 81.77 nats
+    python vrnn.py    # MNIST rows, 7 epochs; with --epochs 16, an hour of a core, 81.46 nats
     python vrnn.py --dataset speech --conditional    # 150 epochs, batches of 32, lr 2e-3
     python vrnn.py --dataset pendigits --conditional --digits 27    # 30 epochs, of 48, lr 2e-3
 Deviations from the paper: GRU; SiLU; learned h_0; noise on recorded integers; speech shifted and
