@@ -728,7 +728,7 @@ def test_glyphs_are_digits_seeded_and_varied_and_binarised():
     assert data.unit > 0 and (noisy[:, 0, :2] != 0).all() and sizes(data) == [100, 30, 40]
     change = (x[:, 0, :2].pinverse() @ noisy.transpose(0, 1)[..., :2] - torch.eye(2)).flatten(1)
     assert torch.equal(noisy[..., 2], x[..., 2]) and len(data.classes) == 10
-    close(change.T @ change / 900, 0.15**2 * torch.eye(4), 3e-3)
+    close(change.T @ change / 900, 0.15**2 * torch.eye(4), 6e-3)
     x = torch.tensor([0, 64, 255], dtype=torch.uint8).expand(20_000, 3)
     identical(*[(vrnn.prepare(data.valid.frames, data, 1), common.binarise(x, 1)) for _ in "12"])
     assert not torch.equal(common.binarise(x), common.binarise(x))

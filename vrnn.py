@@ -97,7 +97,7 @@ class VRNN(nn.Module):
         x = torch.where(inside[:, :, None], x, 0.0)
         label, h = self.embed(y, x.shape[1]), self.h_0.expand(x.shape[1], -1)
         steps = []
-        for f_x_t in self.phi_x(x).unbind(0):    # a gradient of f_x[t] would be as large as f_x
+        for f_x_t in self.phi_x(x).unbind(0):    # not [t], whose gradient would be as large as x
             mu_q, logvar_q = self.gaussian(self.enc, f_x_t, h, label)              # eq. 9
             eps = torch.randn_like(mu_q)
             z = mu_q + (0.5 * logvar_q).exp() * eps
