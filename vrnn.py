@@ -228,9 +228,9 @@ def prepare(x, data, seed=None):    # binary rows; integers with noise: always n
     if data.kind == "speech" and seed is None:    # in training a batch begins later, and loses as
         n = int(torch.randint(1, x.shape[2] + 1, ()))    # many samples, 0 to 199, at the end
         x = torch.cat([F.pad(x, (0, 0, 0, 0, 1, -1))[..., n:], x[..., :n]], 2)
-    if data.kind == "pen" and seed is None:    # and each drawing is stretched, turned and slanted
+    if data.kind == "pen" and seed is None:    # in training each drawing is stretched and slanted
         change = 0.15 * F.pad(torch.randn(x.shape[1], 2, 2, device=x.device), (0, 1, 0, 1))
-        x = x + (x[:, :, None] @ change).squeeze(2)
+        x = x + torch.einsum("tbi,bij->tbj", x, change)
     noise = data.unit / data.scale * (noise - 0.5)
     noise[..., 2:] *= data.kind != "pen"    # pen-up stays 0 or 1
     return (x + noise) @ dct(x.shape[-1], x.device) if data.kind == "speech" else x + noise
