@@ -149,8 +149,8 @@ class SSLVAE(nn.Module):
 
 def random_affine(n, device="cpu", rotate=15, scale=0.15, shear=0.2, shift=0.1):
     """(n, 2, 3) maps, uniform within degrees, relative sizes, slope, and shares of half a side."""
-    limits = torch.tensor([math.radians(rotate), scale, scale, shear, shift, shift], device=device)
-    angle, sx, sy, k, dx, dy = limits[:, None] * (2 * torch.rand(6, n, device=device) - 1)
+    limits = math.radians(rotate), scale, scale, shear, shift, shift    # no copy to the device
+    angle, sx, sy, k, dx, dy = [limit * (2 * torch.rand(n, device=device) - 1) for limit in limits]
     cos, sin = angle.cos(), angle.sin()
     sx, sy = 1 + sx, 1 + sy
     rows = [sx * cos, sx * (k * cos - sin), dx, sy * sin, sy * (k * sin + cos), dy]
