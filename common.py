@@ -14,7 +14,7 @@ def last_words(kind, error, trace):
         print(f"\nstopped{Run.hint}", flush=True)
         os._exit(130)    # at once
     if issubclass(kind, (OSError, MemoryError)) or "allocate" in str(error):
-        fail(f"{str(error) or kind.__name__}; no file was left half written")
+        fail(f"{str(error) or kind.__name__}; no checkpoint is half written")
     sys.__excepthook__(kind, error, trace)
 def at_least(low, kind=int):
     """An argparse type: a number from `low` to 2**63, whole unless kind=float."""
@@ -49,7 +49,7 @@ def parse(p, argv=None):
     args = p.parse_args(argv)
     run = argparse.Namespace(script=p.prog[:-3], saved=None, rank=0, world=1, note="", about={})
     if args.resume is not None:
-        path = Path(args.resume).expanduser()
+        path = Path(os.path.expanduser(args.resume))    # unlike Path's, it takes any ~name
         path = path / "checkpoint.pt" if path.is_dir() else path
         try:
             run.saved = torch.load(path, map_location="cpu", weights_only=True) | {"path": path}
@@ -65,7 +65,7 @@ def parse(p, argv=None):
     if args.device == "auto":
         args.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
-        if torch.distributed.is_torchelastic_launched():
+        if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
             if args.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
@@ -74,15 +74,15 @@ def parse(p, argv=None):
         torch.zeros(1, device=args.device).item()
     except Exception as error:    # there are many kinds
         fail(f"--device {args.device} can't be used, try auto: {error}")
-    torch.backends.cudnn.allow_tf32 = False    # convolutions in float32, as products are
+    torch.backends.cudnn.allow_tf32 = False    # products in float32, whatever the environment says
+    torch.backends.cuda.matmul.allow_tf32 = False
     torch.set_flush_denormal(True)    # tiny numbers would slow a CPU several times
     torch.manual_seed(args.seed)
     return argparse.Namespace(**vars(args), run=run)
-
 def images(args):
     """The set args.dataset, or what is found: grey x (N, 1, H, W) uint8, labels y (N,) int64."""
     from torchvision import datasets, transforms
-    name, root = args.dataset or "mnist", Path(args.data_dir).expanduser()
+    name, root = args.dataset or "mnist", Path(os.path.expanduser(args.data_dir))
     if name == "folder":    # own images, in a sub-folder per class
         def load(path):    # Pillow's errors are of many kinds, and seldom name the file
             try:
@@ -105,8 +105,8 @@ def images(args):
             x, y = map(torch.cat, zip(*[(half.data[:, None], half.targets) for half in both]))
             cuts = slice(5000, len(both[0])), slice(5000), slice(len(both[0]), None)
         except Exception as error:    # torchvision lets through whatever its parser stumbles over
-            with contextlib.suppress(OSError):    # torchvision leaves empty folders
-                os.removedirs(folder)
+            with contextlib.suppress(OSError, ValueError):    # torchvision leaves empty folders
+                os.removedirs(os.path.relpath(folder))    # but the current one stays
             if args.dataset or folder.exists():
                 fail(f"{name}: can't download, or read {folder}/{{train,t10k}}*-ubyte*: {error!r}")
             args.run.note = f"NOT MNIST (not in {args.data_dir}, no download): glyphs from fonts\n"
@@ -195,7 +195,7 @@ def write(path, content):
 def new_folder(args):
     """Make args.out_dir, which must not exist, or the first free out/SCRIPT-N."""
     for n in range(1, 10**9):
-        folder = Path(args.out_dir or f"out/{args.run.script}-{n}").expanduser()
+        folder = Path(os.path.expanduser(args.out_dir or f"out/{args.run.script}-{n}"))
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             print(f"writing to {folder}", flush=True)
@@ -232,7 +232,7 @@ class Run:
         self.epoch = len(self.rows)
         self.began = time.time() - sum(row["seconds"] for row in self.rows[-1:])
         if args.run.rank == 0:    # one process writes
-            print(args.run.note, self.facts, sep="", flush=True)
+            print(args.run.note, ascii(self.facts), sep="", flush=True)
             old = saved["path"] if saved and not (args.out_dir or args.dry_run) else Path()
             open_end = args.epochs > self.epoch or not (old.parent / "results.json").exists()
             self.dir = old.parent if old.name == "checkpoint.pt" and open_end else new_folder(args)
@@ -267,9 +267,9 @@ class Run:
         torch.save({**self.facts, **state, "model": self.best, "rows": self.rows}, content)
         if row["best"] or not (self.dir / "best.pt").exists():
             write(self.dir / "best.pt", content.getvalue())
-        write(self.dir / "checkpoint.pt", content.getvalue())    # says that the epoch is done
         lines = [",".join(row)] + [",".join(map(str, r.values())) for r in self.rows]
         write(self.dir / "log.csv", ("\n".join(lines) + "\n").encode())
+        write(self.dir / "checkpoint.pt", content.getvalue())    # says that the epoch is done
         Run.hint = f"; continue with --resume {self.dir}"
         print(*(f"{k} {v:.5g} " for k, v in row.items()), f"{self.left:.0f} s left", flush=True)
         from matplotlib.figure import Figure
