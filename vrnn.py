@@ -200,8 +200,8 @@ def read_data(args):
     kind = {image_rows: "rows", spoken_digits: "speech", wav_folder: "speech"}.get(read, "pen")
     parts = [], [], []
     try:
-        for part, x, label in read(images or Path(args.data_dir).expanduser()):
-            parts[part].append((x, label))
+        for part, x, label in read(images or Path(os.path.expanduser(args.data_dir))):
+            parts[part].append((x, label.encode(errors="replace").decode()))    # drawable
     except (OSError, ValueError) as error:
         common.fail(error)
     if not all(parts):
@@ -306,7 +306,7 @@ def iam_ondb(root):    # the user's copy, split by its three lists if all are th
             yield part, x, ""
 def drawings(root):    # a JSON object a line, in the simplified format of Quick, Draw!
     for file in files_below(root, ".ndjson"):
-        for i, line in enumerate(file.read_bytes().splitlines(), 1):
+        for i, line in enumerate(file.read_bytes().rstrip().splitlines(), 1):
             try:
                 one = json.loads(line)
                 x = moves([list(zip(*stroke, strict=True)) for stroke in one["drawing"]], file, -1)
