@@ -101,7 +101,7 @@ class CVAE(nn.Module):
     def prior(self, h_y):
         """mu, logvar (B, z_dim) of p(z|y); h_y = features(y)."""
         if not self.z_dim:
-            return h_y.new_zeros(2, len(h_y), 0).unbind(0)
+            return next(self.parameters()).new_zeros(2, len(h_y), 0).unbind(0)
         mu, logvar = self.prior_net(h_y).to(self.prior_net[-1].weight.dtype).chunk(2, 1)
         return mu, logvar.clamp(-14, 14)
     def posterior(self, x, h_y):

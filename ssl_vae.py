@@ -88,7 +88,7 @@ class SSLVAE(nn.Module):
         """a ~ q(a|x), or its mean, (B, a_dim), and log q(a|x) + const., (B,); in M2 None, 0."""
         if not self.auxiliary:
             return None, 0
-        mu, logvar = self.q_a(x.flatten(1)).chunk(2, 1)
+        mu, logvar = self.q_a(x.flatten(1)).to(x.dtype).chunk(2, 1)
         logvar = logvar.clamp(-8, 8)
         eps = torch.randn_like(mu) if sampled else torch.zeros_like(mu)
         return mu + (0.5 * logvar).exp() * eps, -0.5 * (eps**2 + logvar).sum(1)
@@ -97,7 +97,7 @@ class SSLVAE(nn.Module):
         """log q(y|a, x), (B, num_classes), and the a and log q(a|x) of `auxiliaries`."""
         a, log_qa = self.auxiliaries(x, sampled)
         logits = self.head(self.trunk(x)) + (self.head_a(a) if self.auxiliary else 0)
-        return logits.log_softmax(1), a, log_qa
+        return logits.to(x.dtype).log_softmax(1), a, log_qa
 
     def classify(self, x):
         """Normalised logits (B, num_classes) of q(y|x), or of q(y|a, x) at the mean of q(a|x)."""
@@ -106,7 +106,7 @@ class SSLVAE(nn.Module):
     def encode(self, x, y, a):
         """mu, logvar (..., B, z_dim) of q(z|x, y), or of q(z|a, y, x)."""
         h = self.enc_x(x.flatten(1)) + self.enc_y(y)
-        mu, logvar = self.enc(h + self.enc_a(a) if self.auxiliary else h).chunk(2, -1)
+        mu, logvar = self.enc(h + self.enc_a(a) if self.auxiliary else h).to(x.dtype).chunk(2, -1)
         return mu, logvar.clamp(-14, 14)
 
     def joint_bound(self, x, a, log_qa, y=None, sampled=False):
@@ -121,7 +121,7 @@ class SSLVAE(nn.Module):
         bound = log_px - math.log(self.num_classes) - kl.sum(-1)
         if self.auxiliary:    # + log p(a|z, y, x) - log q(a|x), whose constants cancel
             h = self.aux_x(x.flatten(1)) + self.aux_y(y) + self.aux_z(z)
-            mu_a, logvar_a = self.p_a(h).chunk(2, -1)
+            mu_a, logvar_a = self.p_a(h).to(x.dtype).chunk(2, -1)
             logvar_a = logvar_a.clamp(-8, 8)
             bound = bound - 0.5 * ((a - mu_a)**2 / logvar_a.exp() + logvar_a).sum(-1) - log_qa
         return bound
