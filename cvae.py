@@ -9,7 +9,7 @@
     python cvae.py                                      # y is the digit
     python cvae.py --channels 16 32                     # residual convolutions: better, and slower
     python cvae.py --condition quadrants --quadrants 1  # y is the lower left quarter of the image
-Measured, MNIST, seed 0, test -log p(x|y) given the label: 82.54 (1,000 samples), --channels 16 32
+Measured, MNIST, test -log p(x|y) given the label: 82.43 (3 seeds, 1,000 samples), --channels 16 32
 --epochs 50: 80.11 (200), of 40 epochs given 1, 2, 3 quadrants: 58.35, 40.79, 19.02 (100).
 Deviations: the paper's x, y are y, x here; gated or residual layers; Adam; averaged weights; a KL
 weight that rises to 1; no hybrid objective nor first guess of x; limited log variances, gradients.
