@@ -1,300 +1,815 @@
-"""What the scripts share. They import it inside functions: a copied class needs torch alone."""
-import argparse, atexit, contextlib, copy, io, json, math, os, socket, statistics, sys, time, zlib
+"""What the scripts share: flags, images, ELBO helpers and the files of a run.
+
+The scripts import it inside main(), so that a model class can be copied without it.
+"""
+
+import argparse
+import atexit
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+import zlib
 from pathlib import Path
-class Lazy:    # importing torch takes seconds, and --help should not
-    __getattr__ = lambda self, name: getattr(__import__("torch"), name)
-torch = Lazy()
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+NOT_MNIST = "NOT MNIST, which is not on this disk and can't be downloaded: digits of fonts (glyphs)"
+saved_in = None  # the last good checkpoint of this process: what Ctrl-C names
+
+
+# ---------------------------------------------------------------------------
+# flags and errors
+
+
+def start(main):
+    """Run a script's main(). Ctrl-C, unusable files and too little memory end it in one line."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may be left in it
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = io.StringIO()
+    try:
+        main()
+    except KeyboardInterrupt:
+        hint = f"; continue with --resume {saved_in}" if saved_in else ""
+        print(f"\nstopped{hint}", flush=True)
+        sys.exit(130)
+    except (OSError, MemoryError) as error:
+        fail(str(error) or type(error).__name__)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        fail(f"out of memory: {error}")
+
+
 def fail(message):
     """End the program with one line on standard error and exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: {str(message).splitlines()[0]}", file=sys.stderr)
+    line = message.split("\n")[0]
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(2)
-def last_words(kind, error, trace):
-    """An excepthook: Ctrl-C says how to resume, status 130; files, memory: one line."""
-    if kind is KeyboardInterrupt:
-        print(f"\nstopped{Run.hint}", flush=True)
-        os._exit(130)    # at once
-    if issubclass(kind, (OSError, MemoryError)) or "allocate" in str(error):
-        fail(f"{str(error) or kind.__name__}; no checkpoint is half written")
-    sys.__excepthook__(kind, error, trace)
+
+
 def at_least(low, kind=int):
-    """An argparse type: a number from `low` to 2**63, whole unless kind=float."""
-    def number(text):    # argparse's own message for 'x': invalid number value
-        if low <= kind(text) < 2**63:
-            return kind(text)
-        raise argparse.ArgumentTypeError(f"must be a number of at least {low}, not {text}")
+    """An argparse type: a number from `low` to 2**31, whole unless kind=float."""
+
+    def number(text):
+        value = kind(text)
+        if not low <= value <= 2**31:
+            raise argparse.ArgumentTypeError(f"must be from {low} to 2147483648, not {text}")
+        return value
+
     return number
+
+
 def parser(script, doc, epochs, batch_size, lr, test_samples, datasets=()):
-    """The flags of every script; the defaults are the script's own."""
-    sys.excepthook = last_words    # from here on, before torch is imported
-    bases = argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
-    p = argparse.ArgumentParser(f"{script}.py", "%(prog)s [flags]; --help lists them", doc,
-                                formatter_class=type("Help", bases, {}), allow_abbrev=False)
-    add, sets = p.add_argument, ("mnist", "fashion-mnist", "kmnist", "glyphs", "folder", *datasets)
-    add("--dataset", choices=sets, help="None: mnist if it can be had, else glyphs")
-    add("--data-dir", default="data", help="where data sets are, or are downloaded to")
-    add("--image-size", type=at_least(8), default=28, help="side of the images of folder, pixels")
-    add("--out-dir", help="a new folder for the results; None: out/SCRIPT-1, -2, ...")
-    add("--epochs", type=at_least(0), default=epochs, help="train up to this many in all")
-    add("--batch-size", type=at_least(1), default=batch_size, help="examples per step")
-    add("--lr", type=at_least(1e-9, float), default=lr, help="Adam's learning rate")
-    add("--seed", type=at_least(0), default=0, help="seed of weights, noise and order")
-    add("--device", default="auto", help="auto takes an accelerator if there is one, else cpu")
-    add("--resume", metavar="PATH", help="continue from a checkpoint or a run's folder")
-    add("--sample", type=at_least(1), metavar="N", help="draw N samples of --resume, and stop")
+    """The flags of every script. The defaults are the script's own."""
+    p = argparse.ArgumentParser(
+        prog=f"{script}.py",
+        usage="%(prog)s [flags]; --help lists them",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = p.add_argument
+    add(
+        "--dataset",
+        choices=("auto", "mnist", "fashion-mnist", "kmnist", "glyphs", "folder", *datasets),
+        default="auto",
+        help="what to learn (default: auto, which is mnist if it can be had, else glyphs)",
+    )
+    add(
+        "--data-dir",
+        default="data",
+        help="folder where data sets are, or are downloaded to (default: %(default)s)",
+    )
+    add(
+        "--image-size",
+        type=at_least(8),
+        default=28,
+        help="height and width in pixels of the images of --dataset folder (default: %(default)s)",
+    )
+    add("--out-dir", help="new folder for the results (default: out/SCRIPT-1, -2, ...)")
+    add(
+        "--epochs",
+        type=at_least(0),
+        default=epochs,
+        help="epochs in all, those before --resume included (default: %(default)s)",
+    )
+    add(
+        "--batch-size",
+        type=at_least(1),
+        default=batch_size,
+        help="examples per training step (default: %(default)s)",
+    )
+    add(
+        "--lr",
+        type=at_least(1e-9, float),
+        default=lr,
+        help="learning rate of Adam (default: %(default)s)",
+    )
+    add(
+        "--seed",
+        type=at_least(0),
+        default=0,
+        help="seed of weights, noise and order (default: %(default)s)",
+    )
+    add(
+        "--device",
+        default="auto",
+        help="cpu, cuda, ... (default: auto, an accelerator if there is one)",
+    )
+    add("--resume", metavar="PATH", help="run's folder, checkpoint or weights to continue from")
+    add(
+        "--sample",
+        type=at_least(1),
+        metavar="N",
+        help="draw N samples of the model of --resume, without data or training",
+    )
     add("--dry-run", action="store_true", help="one batch of everything, to see it work")
-    add("--test-samples", type=at_least(1), default=test_samples, help="importance samples, test")
+    add(
+        "--test-samples",
+        type=at_least(1),
+        default=test_samples,
+        help="importance samples per test example (default: %(default)s)",
+    )
     return p
-def parse(p, argv=None):
-    """Parse; take the checkpoint's flags where none are given; choose device and seed."""
-    args = p.parse_args(argv)
-    run = argparse.Namespace(script=p.prog[:-3], saved=None, rank=0, world=1, note="", about={})
-    if args.resume is not None:
-        path = Path(os.path.expanduser(args.resume))    # unlike Path's, it takes any ~name
-        path = path / "checkpoint.pt" if path.is_dir() else path
-        try:
-            run.saved = torch.load(path, map_location="cpu", weights_only=True) | {"path": path}
-            run.saved["script"] == run.script or fail(f"--resume {path}: not written by {p.prog}")
-            p.set_defaults(**run.saved["args"] | dict(out_dir=None, device="auto", dry_run=False))
-        except Exception as error:    # unpickling something else raises almost anything
-            fail(f"--resume {path}: no checkpoint, {type(error).__name__}: {error}")
-        args = p.parse_args(argv)
-    elif args.sample:
-        p.error("--sample needs --resume PATH")
+
+
+def peek(argv, flag):
+    """The value of one flag, which decides about defaults of others; None if it is not given."""
+    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    p.add_argument(flag, dest="value", nargs="?")
+    known, _ = p.parse_known_args(argv)
+    return known.value
+
+
+def parse(parser, argv=None):
+    """Parse the flags, choose device and seed: the flags, and the checkpoint of --resume or None.
+
+    A flag that is not given has the value that it had in the run of --resume.
+    """
+    checkpoint = None
+    path = peek(argv, "--resume")
+    if path is not None:
+        checkpoint = load_checkpoint(parser, path)
+        parser.set_defaults(**checkpoint["args"])
+        parser.set_defaults(
+            dataset=checkpoint["dataset"], out_dir=None, device="auto", dry_run=False, sample=None
+        )
+    args = parser.parse_args(argv)
+    if args.sample and not checkpoint:
+        parser.error("--sample needs --resume PATH")
+    if args.out_dir and Path(args.out_dir).exists():
+        parser.error(f"--out-dir {args.out_dir} exists; choose a new folder, or --resume it")
     if args.dry_run:
-        args.epochs, args.test_samples = 1 + len(run.saved["rows"] if run.saved else []), 4
+        args.epochs = 1 + len(checkpoint["rows"] if checkpoint else [])
+        args.test_samples = 4
     if args.device == "auto":
         args.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
-            if args.device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
-            run.rank, run.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-            atexit.register(torch.distributed.destroy_process_group)
+            join_processes(args.device)
         torch.zeros(1, device=args.device).item()
-    except Exception as error:    # there are many kinds
-        fail(f"--device {args.device} can't be used, try auto: {error}")
-    torch.backends.cudnn.allow_tf32 = False    # products in float32, whatever the environment says
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.set_flush_denormal(True)    # tiny numbers would slow a CPU several times
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0]
+        parser.error(f"--device {args.device} can't be used, try auto: {reason}")
+    torch.set_flush_denormal(True)  # tiny numbers would slow a CPU several times
     torch.manual_seed(args.seed)
-    return argparse.Namespace(**vars(args), run=run)
-def images(args):
-    """The set args.dataset, or what is found: grey x (N, 1, H, W) uint8, labels y (N,) int64."""
-    from torchvision import datasets, transforms
-    name, root = args.dataset or "mnist", Path(os.path.expanduser(args.data_dir))
-    if name == "folder":    # own images, in a sub-folder per class
-        def load(path):    # Pillow's errors are of many kinds, and seldom name the file
-            try:
-                image = datasets.folder.default_loader(path).convert("L")
-                return transforms.PILToTensor()(transforms.Resize([args.image_size] * 2)(image))
-            except Exception as error:
-                fail(f"{path}: not an image: {error!r}")
-        found = datasets.ImageFolder(root, loader=load, allow_empty=True)
-        found.imgs[:] = [one for one in found.imgs if f"{os.sep}." not in one[0][len(str(root)):]]
-        found.imgs or fail(f"{root}: no images in sub-folders")
-        tens = [zlib.crc32(os.fsencode(os.path.relpath(path, root))) % 10 for path, _ in found.imgs]
-        x, y = [torch.stack([torch.as_tensor(v) for v in values]) for values in zip(*found)]
-        cuts = [torch.tensor(tens).clamp(max=2) == part for part in (2, 1, 0)]
-    elif name != "glyphs":
-        kind = getattr(datasets, "FashionMNIST" if name == "fashion-mnist" else name.upper())
-        folder = root / kind.__name__ / "raw"
-        socket.setdefaulttimeout(4)    # seconds, for each of torchvision's mirrors
+    return args, checkpoint
+
+
+def load_checkpoint(parser, path):
+    """Read a checkpoint of this script. A folder stands for its checkpoint.pt."""
+    path = Path(os.path.expanduser(path))
+    if path.is_dir():
+        path = path / "checkpoint.pt"
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling something else raises almost anything
+        reason = str(error).split("\n")[0]
+        parser.error(f"--resume {path}: can't be read, {type(error).__name__}: {reason}")
+    needed = {"script", "dataset", "classes", "args", "model_args", "model", "rows"}
+    if not isinstance(checkpoint, dict) or not needed <= set(checkpoint):
+        parser.error(f"--resume {path}: not a checkpoint, which has {', '.join(sorted(needed))}")
+    if f"{checkpoint['script']}.py" != parser.prog:
+        parser.error(f"--resume {path}: not of {parser.prog} but of {checkpoint['script']}.py")
+    checkpoint["path"] = path
+    return checkpoint
+
+
+# ---------------------------------------------------------------------------
+# torchrun
+
+
+def join_processes(device):
+    """Join the processes that torchrun started. The first one writes, the others are silent."""
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    atexit.register(torch.distributed.destroy_process_group)
+    if torch.distributed.get_rank() > 0:
+        sys.stdout = io.StringIO()
+
+
+def rank_and_world():
+    """Which of how many processes this is: 0, 1 without torchrun."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def share_gradients(model):
+    """Under torchrun, give every process the mean of all processes' gradients."""
+    _, world = rank_and_world()
+    if world == 1:
+        return
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads]) / world
+    torch.distributed.all_reduce(flat)
+    means = flat.split([grad.numel() for grad in grads])
+    for grad, mean in zip(grads, means, strict=True):
+        grad.copy_(mean.view_as(grad))
+
+
+# ---------------------------------------------------------------------------
+# images
+
+
+def load_images(args):
+    """Read args.dataset, all of it onto the device.
+
+    Returns a namespace: train, valid and test are pairs of grey images (N, 1, H, W) uint8 and
+    labels (N,) int64; shape is (1, H, W), classes are the labels' names, dataset is what was read.
+    """
+    dataset = args.dataset
+    if dataset == "folder":
+        parts, classes = read_folder(args)
+    else:
+        parts = None
+        if dataset != "glyphs":
+            parts = read_torchvision(args)
+        if parts is None:
+            print(NOT_MNIST, flush=True)
+        dataset = "mnist" if dataset == "auto" else dataset
+        if parts is None or dataset == "glyphs":
+            dataset = "glyphs"
+            x, y = glyph_images(24_000)
+            parts = [(x[4000:], y[4000:]), (x[:2000], y[:2000]), (x[2000:4000], y[2000:4000])]
+        classes = [str(label) for label in parts[0][1].unique().tolist()]
+    if args.dry_run:
+        parts = [(x[: args.batch_size], y[: args.batch_size]) for x, y in parts]
+    train, valid, test = [(x.to(args.device), y.to(args.device)) for x, y in parts]
+    shape = tuple(train[0].shape[1:])
+    return SimpleNamespace(
+        train=train, valid=valid, test=test, shape=shape, classes=classes, dataset=dataset
+    )
+
+
+def read_torchvision(args):
+    """MNIST, or one of its relatives, as (x, y) of train, valid and test.
+
+    Files that are there are used as they are. None if it was not asked for by name, is not there
+    and can't be downloaded.
+    """
+    from torchvision import datasets
+
+    name = "mnist" if args.dataset == "auto" else args.dataset
+    kinds = {
+        "mnist": datasets.MNIST,
+        "fashion-mnist": datasets.FashionMNIST,
+        "kmnist": datasets.KMNIST,
+    }
+    kind = kinds[name]
+    root = data_folder(args)
+    raw = root / kind.__name__ / "raw"
+    if not list(raw.glob("*")):
         try:
-            both = [kind(root, train, download=True) for train in (True, False)]
-            x, y = map(torch.cat, zip(*[(half.data[:, None], half.targets) for half in both]))
-            cuts = slice(5000, len(both[0])), slice(5000), slice(len(both[0]), None)
-        except Exception as error:    # torchvision lets through whatever its parser stumbles over
-            with contextlib.suppress(OSError, ValueError):    # torchvision leaves empty folders
-                os.removedirs(os.path.relpath(folder))    # but the current one stays
-            if args.dataset or folder.exists():
-                fail(f"{name}: can't download, or read {folder}/{{train,t10k}}*-ubyte*: {error!r}")
-            args.run.note = f"NOT MNIST (not in {args.data_dir}, no download): glyphs from fonts\n"
-            name = "glyphs"
-    if name == "glyphs":
-        (x, y), cuts = glyph_images(24_000), (slice(4000, None), slice(2000), slice(2000, 4000))
-    if not all(len(x[cut]) for cut in cuts):
-        fail(f"{root}: {len(x)} images of {name} are too few to train, validate and test")
-    kept, y = y.unique(return_inverse=True)    # no classes of hidden folders
-    classes = [found.classes[c] if name == "folder" else str(c) for c in kept.tolist()]
-    args.run.about = {"classes": classes, "examples": len(x)}
-    args.dataset, n = name, max(args.batch_size or 32, args.run.world) if args.dry_run else None
-    train, valid, test = [(x[c][:n].to(args.device), y[c][:n].to(args.device)) for c in cuts]
-    return argparse.Namespace(train=train, valid=valid, test=test, shape=(1, *x.shape[2:]),
-                              num_classes=len(classes), classes=classes)
-def glyph_fonts():
-    """The DejaVu fonts that come with matplotlib, but for its Display fonts, as paths."""
-    from matplotlib import get_data_path
-    return sorted(Path(get_data_path(), "fonts/ttf").glob("DejaVu*[!y].ttf"))
+            with tempfile.TemporaryDirectory() as temporary:
+                kind(temporary, download=True)  # from one of its mirrors; checks the checksums
+                shutil.copytree(temporary, root, dirs_exist_ok=True)
+        except RuntimeError:  # what it raises if no mirror works
+            if args.dataset == "auto":
+                return None
+            fail(
+                f"--dataset {name}: can't be downloaded; put train-images-idx3-ubyte, "
+                f"train-labels-idx1-ubyte and the same of t10k into {raw}, or try --dataset glyphs"
+            )
+    try:
+        half, test = [kind(root, train=train, download=True) for train in (True, False)]
+    except Exception as error:  # its reader lets all kinds of errors through
+        fail(f"{raw}: can't read, or download what is missing: {type(error).__name__} {error}")
+    x, y = half.data[:, None], half.targets
+    return [(x[5000:], y[5000:]), (x[:5000], y[:5000]), (test.data[:, None], test.targets)]
+
+
+def data_folder(args):
+    """args.data_dir as a path, which is a folder, or can become one."""
+    root = Path(os.path.expanduser(args.data_dir)).absolute()
+    for path in (root, *root.parents):
+        if path.exists():
+            if not path.is_dir():
+                fail(f"--data-dir {args.data_dir}: {path} is not a folder")
+            break
+    return root
+
+
+def files_below(root, endings):
+    """Files with one of the endings below a folder, sorted, and how many others were left out.
+
+    Hidden files and folders are left out; links are followed.
+    """
+    files, left_out = [], 0
+    for folder, _, names in os.walk(root, followlinks=True):
+        for name in names:
+            path = Path(folder, name)
+            hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+            if hidden or path.suffix.lower() not in endings:
+                left_out += 1
+            else:
+                files.append(path)
+    return sorted(files), left_out
+
+
+def read_folder(args):
+    """Own images, one sub-folder per class, split about 8 : 1 : 1 by a hash of their names.
+
+    Returns (x, y) of train, valid and test, and the names of the classes.
+    """
+    root = data_folder(args)
+    endings = {".png", ".jpg", ".jpeg", ".jfif", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".pgm"}
+    files, left_out = files_below(root, endings)
+    images = [[], [], []]
+    labels = [[], [], []]
+    for path in files:
+        name = path.relative_to(root)
+        if len(name.parts) == 1:  # not in a sub-folder
+            left_out += 1
+            continue
+        tenth = zlib.crc32(os.fsencode(name.as_posix())) % 10
+        part = {0: 2, 1: 1}.get(tenth, 0)
+        images[part].append(load_image(path, args.image_size))
+        labels[part].append(name.parts[0])
+    classes = sorted(set(labels[0]))
+    if classes and set(classes) <= {"train", "val", "valid", "validation", "test"}:
+        fail(f"{root}: {', '.join(classes)} are not classes; put all images of a class together")
+    parts = []
+    for x, names in zip(images, labels, strict=True):
+        known = [i for i, name in enumerate(names) if name in classes]
+        left_out += len(names) - len(known)  # of classes without an image to train on
+        if not known:
+            fail(f"{root}: {len(files)} images in sub-folders are too few to train and test")
+        y = torch.tensor([classes.index(names[i]) for i in known])
+        parts.append((torch.stack([x[i] for i in known]), y))
+    if left_out:
+        print(f"left out: {left_out} files (hidden, no images, or of classes without training)")
+    x = parts[0][0]
+    if x.min() == x.max():
+        fail(f"{root}: all pixels have the value {x.min()}")
+    if ((x > 25) & (x < 230)).float().mean() > 0.3:
+        print("many pixels are grey, but will be drawn black or white; greys are modelled by")
+        print("  vae.py --likelihood gaussian --sigma 0.1")
+    return parts, classes
+
+
+def load_image(path, size):
+    """An image file as a person sees it, made grey and square: (1, size, size) uint8."""
+    from PIL import Image, ImageOps
+
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode.startswith("I"):  # 16 bits
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        if image.mode == "F":
+            values = np.asarray(image)
+            if not (values >= 0).all() or values.max() > 1:
+                raise ValueError("its floats are not between 0 and 1")
+            image = Image.fromarray((255 * values).round().astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            alpha = np.asarray(image)[:, :, 3]
+            ink = (np.asarray(image.convert("L")) * (alpha / 255)).sum() / max(1, alpha.sum() / 255)
+            ground = 0 if ink > 127 else 255  # light ink on black, dark ink on white
+            paper = Image.new("RGBA", image.size, (ground, ground, ground, 255))
+            image = Image.alpha_composite(paper, image)
+        image = image.convert("L").resize((size, size), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(image))[None]
+    except Exception as error:  # Pillow's errors are of many kinds, and seldom name the file
+        fail(f"{path}: not an image to learn from: {error}")
+
+
 def glyph_images(n):
     """Digits in matplotlib's fonts, turned and moved: x (n, 1, 28, 28) uint8, y (n,) int64."""
-    import numpy as np
+    from matplotlib import get_data_path
     from matplotlib.ft2font import FT2Font
-    fonts, random = [FT2Font(str(path)) for path in glyph_fonts()], np.random.default_rng(0)
-    x, y = np.zeros((n, 1, 28, 28), np.uint8), random.integers(10, size=n)
-    for image, digit in zip(x, y):
+
+    paths = sorted(Path(get_data_path(), "fonts/ttf").glob("DejaVu*[!y].ttf"))  # none of Display
+    fonts = [FT2Font(str(path)) for path in paths]
+    random = np.random.default_rng(0)
+    x = np.zeros((n, 1, 28, 28), np.uint8)
+    y = random.integers(10, size=n)
+    for image, digit in zip(x, y, strict=True):
         font = fonts[random.integers(len(fonts))]
         font.set_size(random.uniform(18, 24), 72)
         font.set_text(str(digit), random.uniform(-15, 15))
         font.draw_glyphs_to_bitmap(antialiased=True)
         ink = np.asarray(font.get_image())[:28, :28]
-        top, left = [random.integers(29 - side) // 2 + (28 - side) // 4 for side in ink.shape]
-        image[0, top:top + ink.shape[0], left:left + ink.shape[1]] = ink
+        height, width = ink.shape
+        top = random.integers(29 - height) // 2 + (28 - height) // 4
+        left = random.integers(29 - width) // 2 + (28 - width) // 4
+        image[0, top : top + height, left : left + width] = ink
     return torch.from_numpy(x), torch.from_numpy(y)
+
+
+# ---------------------------------------------------------------------------
+# pixels and batches
+
+
 def binarise(x, seed=None):
     """Pixels from Bernoulli(x / 255): new ones at every call, or always the same for a seed."""
-    g = None if seed is None else torch.Generator().manual_seed(seed)
-    noise = torch.rand(x.shape, generator=g, device="cpu" if g else x.device)
-    return (noise.to(x.device) * 255 < x).float()
+    if seed is None:
+        noise = torch.rand(x.shape, device=x.device)
+    else:  # on the CPU, so that they are the same on every device
+        noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device)
+    return (255 * noise < x).float()
+
+
 def epoch_order(args, epoch, n, lengths=None):
-    """Seed the noise; return the epoch's order of n examples, (steps, examples), on the CPU."""
-    torch.manual_seed(seed := hash((args.seed, epoch)))
-    size = max(1, min(args.batch_size, n) // args.run.world) * args.run.world
-    index = torch.randperm(n)[:n // size * size]
-    if lengths is not None:    # (n,): examples of similar length share a step
+    """Seed the noise of an epoch; its order of n examples, (steps, examples of a step), on the CPU.
+
+    With lengths (n,), examples of similar length share a step. Randomness follows from seed and
+    epoch alone. Under torchrun, each process gets its part of every step, and noise of its own.
+    """
+    rank, world = rank_and_world()
+    seed = hash((args.seed, epoch))
+    torch.manual_seed(seed)
+    size = max(1, min(args.batch_size, n) // world) * world
+    steps = n // size
+    index = torch.randperm(n)[: steps * size]
+    if lengths is not None:
         index = index[lengths[index].argsort(stable=True)]
-    index = index.view(-1, size)[torch.randperm(n // size)]
-    torch.manual_seed(seed + args.run.rank)    # the order is common, the noise is not
-    args.run.steps, args.run.size, args.run.began = len(index), size, time.time()
-    return index[:, args.run.rank::args.run.world]    # this process's part, under torchrun
+    index = index.view(steps, size)[torch.randperm(steps)]
+    torch.manual_seed(seed + rank)
+    return index[:, rank::world]
+
+
 def batches(args, epoch, *tensors):
     """An epoch's shuffled batches of tensors (N, ...)."""
-    for index in epoch_order(args, epoch, len(tensors[0])).to(args.device):
-        yield [t[index] for t in tensors]
-def gaussian_kl(mu_q, logvar_q, mu_p, logvar_p):
-    """KL(N(mu_q, e^logvar_q) || N(mu_p, e^logvar_p)), elementwise, in nats."""
-    return 0.5 * (logvar_p - logvar_q - 1 + ((mu_q - mu_p)**2 + logvar_q.exp()) / logvar_p.exp())
+    order = epoch_order(args, epoch, len(tensors[0]))
+    for index in progress(f"epoch {epoch + 1}, step", order.to(args.device)):
+        yield [tensor[index] for tensor in tensors]
+
+
+def progress(what, parts):
+    """Yield the parts; count them in a live line on a terminal, elsewhere every half minute."""
+    live = sys.stdout.isatty()
+    shown = time.time()
+    for i, part in enumerate(parts, 1):
+        yield part
+        if time.time() - shown > (1 if live else 30):
+            shown = time.time()
+            print(f"  {what} {i} of {len(parts)}", end="\r" if live else "\n", flush=True)
+
+
+# ---------------------------------------------------------------------------
+# ELBO helpers
+
+
 def log_mean_exp(log_w, dim=0):
     """The importance-weighted bound (Burda et al. 2016, eq. 8) of log weights along `dim`."""
     return log_w.logsumexp(dim) - math.log(log_w.shape[dim])
-def evaluate(model, *tensors, samples=1, rows=4096):
-    """Mean neg_elbo, rec, kl, and nll if samples > 1, nats; model(*tensors, k=k): three (k, B)."""
-    torch.manual_seed(0)    # the same noise at every call
-    k, sums = min(samples, 64, rows), []    # `rows` samples are decoded at once
-    for batch in zip(*(t.split(rows // k) for t in tensors)):
-        if sys.stdout.isatty():    # a live line
-            print(f"  evaluated {len(sums) * (rows // k)} of {len(tensors[0])}   ", end="\r")
-        with torch.no_grad():
-            parts = [model(*batch, k=min(k, samples - done)) for done in range(0, samples, k)]
-        log_px, kl, log_w = [torch.cat(terms) for terms in zip(*parts)]
-        sums.append(torch.stack([-log_px.mean(0), kl.mean(0), -log_mean_exp(log_w)]).sum(1))
-    rec, kl, nll = (torch.stack(sums).cpu().double().sum(0) / len(tensors[0])).tolist()
-    return {"neg_elbo": rec + kl, "rec": rec, "kl": kl} | ({"nll": nll} if samples > 1 else {})
-def share_gradients(model, args):
-    """Under torchrun, give every process the mean of all processes' gradients."""
-    if args.run.world > 1:
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([grad.flatten() for grad in grads]) / args.run.world
-        torch.distributed.all_reduce(flat)
-        for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads])):
-            grad.copy_(mean.view_as(grad))    # which keeps its layout, as fused Adam needs
-def write(path, content):
-    """Write bytes to a temporary file, then rename it: half a file never bears its name."""
-    path.with_name(path.name + ".tmp").write_bytes(content)
-    os.replace(path.with_name(path.name + ".tmp"), path)
-def new_folder(args):
-    """Make args.out_dir, which must not exist, or the first free out/SCRIPT-N."""
-    for n in range(1, 10**9):
-        folder = Path(os.path.expanduser(args.out_dir or f"out/{args.run.script}-{n}"))
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            print(f"writing to {folder}", flush=True)
-            return folder
-        if args.out_dir:
-            fail(f"{folder} exists; choose another --out-dir, or --resume {folder}")
-def trained(args, kind):
-    """For --sample: the model of --resume, and a new folder for its pictures."""
-    model = kind(**args.run.saved["model_args"]).to(args.device).eval().requires_grad_(False)
-    model.load_state_dict(args.run.saved["model"])
-    return model, new_folder(args)
 
-class Run:
-    """A run's files, and weights averaged with the profile t^12 (Karras et al. 2024, sec. 3.1)."""
-    hint = ""    # what Ctrl-C adds
-    def __init__(self, args, model, model_args, optimizer):
-        self.args, self.model, self.steps, self.shown = args, model, [], 0.0
-        self.average = copy.deepcopy(model).eval().requires_grad_(False)
-        self.best, self.rows = copy.deepcopy(self.average.state_dict()), []
-        self.parts = {"weights": model, "average": self.average, "optimizer": optimizer}
-        self.facts = {"script": args.run.script, "model_args": model_args, **args.run.about}
-        self.facts["args"] = {k: v for k, v in vars(args).items() if k != "run"}
-        if saved := args.run.saved:
-            if (saved["model_args"], saved["args"]["dataset"]) != (model_args, args.dataset):
-                fail(f"--resume: trained on {saved['args']['dataset']} with {saved['model_args']}")
-            changed = [k for k, v in args.run.about.items() if saved.get(k, v) != v]
-            if changed and not args.dry_run:
-                args.run.note += f"NOT THE CHECKPOINT'S DATA: {', '.join(changed)} changed\n"
-            for name, part in self.parts.items():
-                part.load_state_dict(saved[name])
-            optimizer.param_groups[0]["lr"] = args.lr
-            self.best, self.rows = saved["model"], saved["rows"]
-            Run.hint = f"; continue with --resume {saved['path']}"
-        self.epoch = len(self.rows)
-        self.began = time.time() - sum(row["seconds"] for row in self.rows[-1:])
-        if args.run.rank == 0:    # one process writes
-            print(args.run.note, ascii(self.facts), sep="", flush=True)
-            old = saved["path"] if saved and not (args.out_dir or args.dry_run) else Path()
-            open_end = args.epochs > self.epoch or not (old.parent / "results.json").exists()
-            self.dir = old.parent if old.name == "checkpoint.pt" and open_end else new_folder(args)
-    def after_step(self, **figures):
-        """Average the weights; keep the step's mean figures on the device."""
-        self.steps.append({k: v.detach().float().mean() for k, v in figures.items()})
-        done, steps, self.now = len(self.steps), self.args.run.steps, time.time()
-        self.speed = done * self.args.run.size / (self.now - self.args.run.began + 1e-9)
-        self.left = (self.now - self.began) * (self.args.epochs / (self.epoch + done / steps) - 1)
-        weight = 1 - (1 - 1 / (self.epoch * steps + done))**13    # acts like a falling lr
-        for a, b in zip(self.average.state_dict().values(), self.model.state_dict().values()):
-            a.lerp_(b, weight) if a.is_floating_point() else a.copy_(b)
-        if self.now - self.shown > (1 if sys.stdout.isatty() else 30) and self.args.run.rank == 0:
-            self.shown, end = self.now, "\r" if sys.stdout.isatty() else "\n"
-            print(f"  epoch {self.epoch + 1}, step {done} of {steps}, loss {figures['loss']:.5g},"
-                  f" {self.speed:.0f} examples/s, {self.left:.0f} s left ", end=end, flush=True)
-    def end_epoch(self, valid):
-        """Log and save; True if the first of the validation's figures is the best so far."""
-        train = {k: torch.stack([s[k] for s in self.steps]).mean().item() for k in self.steps[0]}
-        if not math.isfinite(train["loss"] + sum(p.sum() for p in self.model.parameters()).item()):
-            fail(f"the loss of epoch {self.epoch + 1} is not finite; try a smaller --lr{Run.hint}")
-        row = {"epoch": self.epoch + 1, "seconds": time.time() - self.began,
-               "examples_per_second": self.speed, **{f"train_{k}": v for k, v in train.items()},
-               **{f"valid_{k}": v for k, v in valid.items()}}
-        key = f"valid_{next(iter(valid))}"    # NaN is never the best
-        row["best"] = row[key] <= min([r[key] for r in self.rows if r["best"]], default=math.inf)
-        self.rows, self.steps, self.epoch = [*self.rows, row], [], self.epoch + 1
-        if self.args.run.rank:
-            return False
-        self.best = copy.deepcopy(self.average.state_dict()) if row["best"] else self.best
-        state, content = {k: part.state_dict() for k, part in self.parts.items()}, io.BytesIO()
-        torch.save({**self.facts, **state, "model": self.best, "rows": self.rows}, content)
-        if row["best"] or not (self.dir / "best.pt").exists():
-            write(self.dir / "best.pt", content.getvalue())
-        lines = [",".join(row)] + [",".join(map(str, r.values())) for r in self.rows]
-        write(self.dir / "log.csv", ("\n".join(lines) + "\n").encode())
-        write(self.dir / "checkpoint.pt", content.getvalue())    # says that the epoch is done
-        Run.hint = f"; continue with --resume {self.dir}"
-        print(*(f"{k} {v:.5g} " for k, v in row.items()), f"{self.left:.0f} s left", flush=True)
-        from matplotlib.figure import Figure
-        axes = Figure((8, 8)).subplots(2, sharex=True)
-        for ax, name in zip(axes, ("train_loss", key)):
-            ax.plot(range(1, self.epoch + 1), [r[name] for r in self.rows], ".-")
-            ax.set(xlabel="epoch", ylabel=name)
-        axes[0].figure.savefig(self.dir / "curve.png")
-        return row["best"]
-    def best_model(self):
-        """The averaged model of the best validation, or the one that was given."""
-        if self.args.run.rank:
-            sys.exit()
-        self.average.load_state_dict(self.best)
-        return self.average
-    def finish(self, test):
-        """Write results.json and print its figures."""
-        best = ([{}] + [row for row in self.rows if row["best"]])[-1]
-        figures = {"test_nll": None, **{f"test_{k}": v for k, v in test.items()}}
-        figures.update({k.replace("valid", "val"): v for k, v in best.items() if "valid" in k})
-        speeds = [row["examples_per_second"] for row in self.rows]
-        result = {**self.facts, **figures, "dataset": self.args.dataset,
-                  "params": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-                  "epochs": self.epoch, "seconds": sum(row["seconds"] for row in self.rows[-1:]),
-                  "examples_per_second": statistics.median(speeds[1:] or speeds or [0.0]),
-                  "torch": torch.__version__, "test_samples": self.args.test_samples}
-        write(self.dir / "results.json", json.dumps(result, indent=2).encode())
-        print(figures, f"pictures and results.json are in {self.dir}", self.args.run.note, sep="\n")
+
+def allow_tf32(allowed):
+    """Whether a GPU may round factors of float32 products to TF32, which is faster."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@torch.no_grad()
+def evaluate(model, *tensors, samples=1, rows=4096):
+    """Means over examples of -ELBO, its parts and, if samples > 1, -log p(x), in nats.
+
+    model(*batch, k=k) returns log_px, kl and log_w, each (k, B). The noise is the same at every
+    call; at most `rows` examples times samples are decoded at once. Under torchrun, the processes
+    share the work.
+    """
+    began = time.time()
+    rank, world = rank_and_world()
+    torch.manual_seed(rank)
+    allow_tf32(False)
+    k = min(samples, 64, rows)
+    batches = list(zip(*[tensor.split(rows // k) for tensor in tensors], strict=True))
+    sums = []
+    for batch in progress("evaluated batch", batches[rank::world]):
+        parts = []
+        for done in range(0, samples, k):
+            parts.append(model(*batch, k=min(k, samples - done)))
+        log_px, kl, log_w = [torch.cat(terms) for terms in zip(*parts, strict=True)]
+        sums.append(torch.stack([-log_px.mean(0), kl.mean(0), -log_mean_exp(log_w)]).sum(1))
+    total = torch.zeros(3, dtype=torch.float64)
+    if sums:
+        total = torch.stack(sums).cpu().double().sum(0)
+    if world > 1:
+        shared = total.float().to(tensors[0].device)
+        torch.distributed.all_reduce(shared)
+        total = shared.cpu()
+    allow_tf32(True)
+    rec, kl, nll = (total / len(tensors[0])).tolist()
+    figures = {"neg_elbo": rec + kl, "rec": rec, "kl": kl}
+    if samples > 1:
+        figures["nll"] = nll
+    figures["seconds"] = time.time() - began
+    return figures
+
+
+# ---------------------------------------------------------------------------
+# a run: averaged weights, folder, checkpoints, log, results
+
+
+def averaged(model):
+    """A model whose weights are the running mean of the trained ones, weighted like t^12.
+
+    It follows Karras et al. 2024, section 3.1, and works like a falling learning rate.
+    """
+
+    def follow(averages, values, n):
+        weight = -torch.expm1(13 * torch.log1p(-1 / (n + 1)))  # 1 - (1 - 1 / t)^13, t = n + 1
+        for average, value in zip(averages, values, strict=True):
+            if average.is_floating_point():
+                average.lerp_(value, weight.to(average.dtype))
+            else:
+                average.copy_(value)
+
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
+    return average.eval().requires_grad_(False)
+
+
+def means(**terms):
+    """Means of a step's terms, which stay on the device."""
+    return {name: term.detach().float().mean() for name, term in terms.items()}
+
+
+def new_folder(args, script):
+    """Make args.out_dir, or the first free out/SCRIPT-N. It goes again if it stays empty."""
+    if rank_and_world()[0] > 0:  # what other processes of torchrun write is thrown away
+        folder = Path(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return folder
+    n = 1
+    while True:
+        folder = Path(os.path.expanduser(args.out_dir or f"out/{script}-{n}"))
+        n += 1
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if args.out_dir:
+                raise
+        else:
+            atexit.register(remove_empty, folder)
+            return folder
+
+
+def remove_empty(folder):
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def load_model(kind, args, checkpoint):
+    """The best model of a checkpoint, to draw from, and a new folder for its pictures."""
+    try:
+        model = kind(**checkpoint["model_args"])
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        fail(f"--resume {args.resume}: does not fit {kind.__name__}: {error}")
+    model = model.to(args.device).eval().requires_grad_(False)
+    folder = new_folder(args, checkpoint["script"])
+    print(f"samples of {args.resume} are in {folder}")
+    return model, folder
+
+
+def facts(script, args, data, model_args):
+    """What checkpoints and results say of a run."""
+    return {
+        "script": script,
+        "dataset": data.dataset,
+        "classes": data.classes,
+        "examples": [len(data.train[1]), len(data.valid[1]), len(data.test[1])],
+        "args": vars(args),
+        "model_args": model_args,
+    }
+
+
+def begin(args, checkpoint, facts, parts):
+    """Start a run, or continue that of the checkpoint: its folder, and one row per finished epoch.
+
+    facts: what checkpoints and results say of the run. parts: what checkpoints hold the state of:
+    "weights", their "average", the "optimizer", and "model", the average of the best epoch.
+    Shipped weights have the model alone: their training begins anew, on any data.
+    """
+    global saved_in
+    rows = []
+    folder = None
+    if checkpoint:
+        path = checkpoint["path"]
+        if checkpoint["model_args"] != facts["model_args"]:
+            fail(f"--resume {path}: its model is another one: {checkpoint['model_args']}")
+        try:
+            if "optimizer" in checkpoint:
+                for name, part in parts.items():
+                    part.load_state_dict(checkpoint[name])
+                rows = checkpoint["rows"]
+            else:
+                for part in parts["weights"], parts["average"].module, parts["model"]:
+                    part.load_state_dict(checkpoint["model"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            fail(f"--resume {path}: damaged, or of another model: {error}")
+        if rows and checkpoint["dataset"] != facts["dataset"]:
+            fail(f"--resume {path}: was trained on {checkpoint['dataset']}; leave --dataset out")
+        if rows and not args.dry_run and checkpoint["examples"] != facts["examples"]:
+            print(f"NOT THE CHECKPOINT'S DATA: it had {checkpoint['examples']} examples")
+        for group in parts["optimizer"].param_groups:
+            group["lr"] = args.lr
+        saved_in = path
+        if path.name == "checkpoint.pt" and not args.out_dir and not args.dry_run:
+            finished = (path.parent / "results.json").exists() and args.epochs <= len(rows)
+            if finished and args.epochs > 0:
+                print(
+                    f"{path.parent} is finished: see results.json. More: --epochs N; "
+                    "--epochs 0 tests it again, in a new folder"
+                )
+                sys.exit()
+            if not finished:
+                folder = path.parent
+    if folder is None:
+        folder = new_folder(args, facts["script"])
+    train, valid, test = facts["examples"]
+    size = sum(p.numel() for p in parts["weights"].parameters() if p.requires_grad)
+    print(
+        f"{facts['script']}.py, {facts['dataset']}: {train} examples to train on, {valid} to "
+        f"validate, {test} to test\n{size} parameters on {args.device}, epochs of "
+        f"{max(1, train // args.batch_size)} steps; results in {folder}",
+        flush=True,
+    )
+    return folder, rows
+
+
+def end_epoch(args, rows, began, steps, valid, cost=None):
+    """Add an epoch's row to the log and print it; True if its validation is the best so far.
+
+    began: when the epoch began. steps: `means` of each. valid: figures, the first of which
+    chooses. cost(epoch): how long an epoch takes, in any unit, if not always as long.
+    """
+    row = {"epoch": len(rows) + 1, "seconds": time.time() - began}
+    row["examples_per_second"] = len(steps) * args.batch_size / (row["seconds"] - valid["seconds"])
+    for name in steps[0]:
+        row[f"train_{name}"] = torch.stack([step[name] for step in steps]).mean().item()
+        if not math.isfinite(row[f"train_{name}"]):
+            resume = f"--resume {saved_in} and " if saved_in else ""
+            fail(
+                f"epoch {row['epoch']}: {name} is not finite; try {resume}a lower rate, "
+                f"--lr {args.lr / 2:g}"
+            )
+    for name, value in valid.items():
+        row[f"valid_{name}"] = value
+    score = f"valid_{next(iter(valid))}"
+    row["best"] = math.isfinite(row[score])
+    for earlier in rows:
+        if earlier["best"] and earlier[score] < row[score]:
+            row["best"] = False
+    rows.append(row)
+
+    # time left: the later epochs, and the test
+    costs = [cost(epoch) if cost else 1 for epoch in range(max(args.epochs, len(rows)))]
+    done = sum(costs[: len(rows)])
+    left = sum(r["seconds"] for r in rows) * (sum(costs) - done) / done
+    left += 2 * args.test_samples * valid["seconds"]
+    minutes, seconds = divmod(round(left), 60)
+    clock = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    star = "*" if row["best"] else " "
+    number = f"{row['epoch']}/{args.epochs}"
+    text = f"epoch {number:>7}  train {row['train_neg_elbo']:.2f}  valid {describe(valid)} {star}"
+    print(f"{text:66}  {clock} left", flush=True)
+    return row["best"]
+
+
+def describe(figures):
+    """A line's worth of figures."""
+    text = f"{figures['neg_elbo']:.2f}"
+    if "kl" in figures:
+        text += f" = {figures['rec']:.2f} + {figures['kl']:.2f}"
+    if "error" in figures:
+        text = f"error {figures['error']:.2f} %, -ELBO {text}"
+    return text
+
+
+def write(path, content):
+    """Write bytes to a temporary file, then rename it: no file is ever half written."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def save(folder, facts, rows, parts):
+    """Write best.pt if the last epoch is the best, log.csv, curve.png, and then checkpoint.pt."""
+    global saved_in
+    state = {name: part.state_dict() for name, part in parts.items()}
+    temporary = folder / "checkpoint.pt.tmp"
+    torch.save({**facts, "rows": rows, **state}, temporary)
+    if rows[-1]["best"] or not (folder / "best.pt").exists():
+        shutil.copy(temporary, folder / "best.pt.tmp")
+        os.replace(folder / "best.pt.tmp", folder / "best.pt")
+    log = io.StringIO()
+    writer = csv.DictWriter(log, rows[-1])
+    writer.writeheader()
+    writer.writerows(rows)
+    write(folder / "log.csv", log.getvalue().encode())
+    draw_curve(folder, rows)
+    os.replace(temporary, folder / "checkpoint.pt")  # says that the epoch is done
+    saved_in = folder
+
+
+def draw_curve(folder, rows):
+    """curve.png: training and validation, epoch by epoch, in one unit."""
+    from matplotlib.figure import Figure
+
+    panels = [("neg_elbo", "-ELBO, nats")]
+    if "valid_error" in rows[0]:
+        panels.append(("error", "error, %"))
+    figure = Figure((10, 5 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), squeeze=False)[:, 0]
+    for ax, (name, label) in zip(axes, panels, strict=True):
+        late = []  # the first epochs are so bad that they would hide the others
+        for part in "train", "valid":
+            if f"{part}_{name}" in rows[0]:
+                values = [row[f"{part}_{name}"] for row in rows]
+                ax.plot(range(1, len(rows) + 1), values, ".-", label=part)
+                late += values[len(rows) // 5 :]
+        margin = 0.05 * (max(late) - min(late)) + 1e-9
+        ax.set(xlabel="epoch", ylabel=label, ylim=(min(late) - margin, max(late) + margin))
+        ax.legend()
+    figure.savefig(folder / "curve.png")
+
+
+def finish(args, folder, facts, rows, model, test):
+    """Write results.json and print its figures, the test's and those of the best epoch."""
+    results = {**facts, "test_nll": None}
+    for name, value in test.items():
+        results[f"test_{name}"] = value
+    for row in rows:
+        if row["best"]:
+            best = row
+    for name, value in best.items():
+        if name.startswith("valid_"):
+            results[name] = value
+    if "valid_error" in best:
+        results["val_error"] = best["valid_error"]
+    results["params"] = sum(p.numel() for p in model.parameters())
+    results["epochs"] = len(rows)
+    results["seconds"] = sum(row["seconds"] for row in rows)
+    results["examples_per_second"] = statistics.median(row["examples_per_second"] for row in rows)
+    results["torch"] = torch.__version__
+    results["test_samples"] = args.test_samples
+    write(folder / "results.json", json.dumps(results, indent=2).encode())
+    text = f"test {describe(test)} nats"
+    if "nll" in test:
+        text += f", -log p {test['nll']:.2f} ({args.test_samples} samples)"
+    print(f"{text:79}\npictures and results.json are in {folder}")
+    if args.dataset == "auto" and facts["dataset"] == "glyphs":
+        print(NOT_MNIST)
+
+
+# ---------------------------------------------------------------------------
+# pictures
+
+
+def save_grid(path, images, row_names=(), column_names=()):
+    """A picture of images (rows, columns, C, H, W) in [0, 1], with names of rows and columns."""
+    from matplotlib.figure import Figure
+
+    rows, columns, channels, height, width = images.shape
+    tiles = F.pad(images.cpu().float().clamp(0, 1), (1, 1, 1, 1), value=0.5)
+    height, width = height + 2, width + 2
+    picture = tiles.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, channels)
+    if channels != 3:
+        picture = picture.mean(2)
+    inches = max(8.0, 0.8 * columns)
+    tile = inches / columns
+    figure = Figure((inches, min(300, tile * rows * height / width + 0.5)), layout="constrained")
+    ax = figure.subplots()
+    ax.imshow(picture, "gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.set_xticks([(i + 0.5) * width - 0.5 for i in range(len(column_names))], column_names)
+    ax.set_yticks([(i + 0.5) * height - 0.5 for i in range(len(row_names))], row_names)
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    for text in ax.get_xticklabels() + ax.get_yticklabels():
+        text.set_parse_math(False)  # a name may have a dollar
+    figure.savefig(path, dpi=120)
