@@ -764,6 +764,7 @@ def finish(args, folder, facts, rows, model, test):
     results = {**facts, "test_nll": None}
     for name, value in test.items():
         results[f"test_{name}"] = value
+    best = {}
     for row in rows:
         if row["best"]:
             best = row
@@ -775,7 +776,8 @@ def finish(args, folder, facts, rows, model, test):
     results["params"] = sum(p.numel() for p in model.parameters())
     results["epochs"] = len(rows)
     results["seconds"] = sum(row["seconds"] for row in rows)
-    results["examples_per_second"] = statistics.median(row["examples_per_second"] for row in rows)
+    speeds = [row["examples_per_second"] for row in rows] or [0.0]
+    results["examples_per_second"] = statistics.median(speeds)
     results["torch"] = torch.__version__
     results["test_samples"] = args.test_samples
     write(folder / "results.json", json.dumps(results, indent=2).encode())
@@ -813,3 +815,25 @@ def save_grid(path, images, row_names=(), column_names=()):
     for text in ax.get_xticklabels() + ax.get_yticklabels():
         text.set_parse_math(False)  # a name may have a dollar
     figure.savefig(path, dpi=120)
+
+
+def save_animation(path, canvases, windows=()):
+    """An animated GIF of canvases (T, n, C, H, W), ten a row, with windows (n, 5) as boxes."""
+    from torchvision.transforms.functional import to_pil_image
+    from torchvision.utils import draw_bounding_boxes, make_grid
+
+    steps, n, _, height, width = canvases.shape
+    size = torch.tensor([width, height, width, height])
+    images = canvases.cpu().float().expand(-1, -1, 3, -1, -1)
+    images = images.repeat_interleave(3, 3).repeat_interleave(3, 4)  # three times as large
+    for step, window in zip(images[:-1], windows, strict=False):  # the last frame has no boxes
+        window = window.cpu().float()
+        centre = window[:, :2]
+        half = window[:, 3:4].exp()  # roughly through the outermost filters
+        boxes = torch.cat([centre - half, centre + half], 1).clamp(-0.99, 0.99)
+        boxes = 1.5 * (boxes + 1) * size
+        for i in range(n):
+            step[i] = draw_bounding_boxes(step[i], boxes[i : i + 1], colors="red")
+    frames = [to_pil_image(make_grid(step, min(n, 10), pad_value=0.3)) for step in images]
+    durations = [120] * (steps - 1) + [2000]  # milliseconds
+    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0, duration=durations)
