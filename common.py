@@ -7,11 +7,13 @@ import argparse
 import atexit
 import contextlib
 import csv
+import difflib
 import io
 import json
 import math
 import os
 import shutil
+import socket
 import statistics
 import sys
 import tempfile
@@ -165,10 +167,14 @@ def parse(parser, argv=None):
         parser.set_defaults(
             dataset=checkpoint["dataset"], out_dir=None, device="auto", dry_run=False, sample=None
         )
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = ["--" + name.replace("_", "-") for name in vars(args)]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+        parser.error(f"there is no {unknown[0]}; did you mean {' '.join(near) or 'a flag'}?")
     if args.sample and not checkpoint:
         parser.error("--sample needs --resume PATH")
-    if args.out_dir and Path(args.out_dir).exists():
+    if args.out_dir and os.path.lexists(os.path.expanduser(args.out_dir)):
         parser.error(f"--out-dir {args.out_dir} exists; choose a new folder, or --resume it")
     if args.dry_run:
         args.epochs = 1 + len(checkpoint["rows"] if checkpoint else [])
@@ -251,19 +257,19 @@ def load_images(args):
     labels (N,) int64; shape is (1, H, W), classes are the labels' names, dataset is what was read.
     """
     dataset = args.dataset
+    if dataset == "auto":
+        dataset = "mnist"
+        if not have(args, dataset):
+            dataset = "glyphs"
+            print(NOT_MNIST, flush=True)
     if dataset == "folder":
         parts, classes = read_folder(args)
     else:
-        parts = None
-        if dataset != "glyphs":
-            parts = read_torchvision(args)
-        if parts is None:
-            print(NOT_MNIST, flush=True)
-        dataset = "mnist" if dataset == "auto" else dataset
-        if parts is None or dataset == "glyphs":
-            dataset = "glyphs"
+        if dataset == "glyphs":
             x, y = glyph_images(24_000)
             parts = [(x[4000:], y[4000:]), (x[:2000], y[:2000]), (x[2000:4000], y[2000:4000])]
+        else:
+            parts = read_torchvision(args, dataset)
         classes = [str(label) for label in parts[0][1].unique().tolist()]
     if args.dry_run:
         parts = [(x[: args.batch_size], y[: args.batch_size]) for x, y in parts]
@@ -274,37 +280,45 @@ def load_images(args):
     )
 
 
-def read_torchvision(args):
-    """MNIST, or one of its relatives, as (x, y) of train, valid and test.
-
-    Files that are there are used as they are. None if it was not asked for by name, is not there
-    and can't be downloaded.
-    """
+def torchvision_class(dataset):
+    """torchvision's class of that name. It knows the mirrors and the checksums."""
     from torchvision import datasets
 
-    name = "mnist" if args.dataset == "auto" else args.dataset
-    kinds = {
-        "mnist": datasets.MNIST,
-        "fashion-mnist": datasets.FashionMNIST,
-        "kmnist": datasets.KMNIST,
-    }
-    kind = kinds[name]
+    names = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
+    return getattr(datasets, names[dataset])
+
+
+def have(args, dataset):
+    """Whether files of the data set are there, or could be downloaded."""
+    kind = torchvision_class(dataset)
+    root = data_folder(args)
+    if list((root / kind.__name__ / "raw").glob("*")):
+        return True
+    socket.setdefaulttimeout(10)  # seconds, for each mirror
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            kind(temporary, download=True)
+            shutil.copytree(temporary, root, dirs_exist_ok=True)
+    except RuntimeError:  # no mirror works
+        return False
+    finally:
+        socket.setdefaulttimeout(None)
+    return True
+
+
+def read_torchvision(args, dataset):
+    """MNIST, or one of its relatives, as (x, y) of train, valid and test."""
+    kind = torchvision_class(dataset)
     root = data_folder(args)
     raw = root / kind.__name__ / "raw"
-    if not list(raw.glob("*")):
-        try:
-            with tempfile.TemporaryDirectory() as temporary:
-                kind(temporary, download=True)  # from one of its mirrors; checks the checksums
-                shutil.copytree(temporary, root, dirs_exist_ok=True)
-        except RuntimeError:  # what it raises if no mirror works
-            if args.dataset == "auto":
-                return None
-            fail(
-                f"--dataset {name}: can't be downloaded; put train-images-idx3-ubyte, "
-                f"train-labels-idx1-ubyte and the same of t10k into {raw}, or try --dataset glyphs"
-            )
+    if not have(args, dataset):
+        fail(
+            f"--dataset {dataset}: can't be downloaded; put train-images-idx3-ubyte, train-labels-"
+            f"idx1-ubyte and the same of t10k into {raw}, packed or not, or try --dataset glyphs"
+        )
     try:
-        half, test = [kind(root, train=train, download=True) for train in (True, False)]
+        half = kind(root, train=True, download=True)
+        test = kind(root, train=False, download=True)
     except Exception as error:  # its reader lets all kinds of errors through
         fail(f"{raw}: can't read, or download what is missing: {type(error).__name__} {error}")
     x, y = half.data[:, None], half.targets
@@ -423,8 +437,8 @@ def glyph_images(n):
         font.draw_glyphs_to_bitmap(antialiased=True)
         ink = np.asarray(font.get_image())[:28, :28]
         height, width = ink.shape
-        top = random.integers(29 - height) // 2 + (28 - height) // 4
-        left = random.integers(29 - width) // 2 + (28 - width) // 4
+        top = random.integers(29 - height)
+        left = random.integers(29 - width)
         image[0, top : top + height, left : left + width] = ink
     return torch.from_numpy(x), torch.from_numpy(y)
 
@@ -620,8 +634,10 @@ def begin(args, checkpoint, facts, parts):
     folder = None
     if checkpoint:
         path = checkpoint["path"]
-        if checkpoint["model_args"] != facts["model_args"]:
-            fail(f"--resume {path}: its model is another one: {checkpoint['model_args']}")
+        for name, value in facts["model_args"].items():
+            saved = checkpoint["model_args"].get(name)
+            if saved != value:
+                fail(f"--resume {path}: its model has {name} {saved}, not {value}")
         try:
             if "optimizer" in checkpoint:
                 for name, part in parts.items():
@@ -722,18 +738,17 @@ def save(folder, facts, rows, parts):
     """Write best.pt if the last epoch is the best, log.csv, curve.png, and then checkpoint.pt."""
     global saved_in
     state = {name: part.state_dict() for name, part in parts.items()}
-    temporary = folder / "checkpoint.pt.tmp"
-    torch.save({**facts, "rows": rows, **state}, temporary)
+    checkpoint = io.BytesIO()
+    torch.save({**facts, "rows": rows, **state}, checkpoint)
     if rows[-1]["best"] or not (folder / "best.pt").exists():
-        shutil.copy(temporary, folder / "best.pt.tmp")
-        os.replace(folder / "best.pt.tmp", folder / "best.pt")
+        write(folder / "best.pt", checkpoint.getvalue())
     log = io.StringIO()
     writer = csv.DictWriter(log, rows[-1])
     writer.writeheader()
     writer.writerows(rows)
     write(folder / "log.csv", log.getvalue().encode())
     draw_curve(folder, rows)
-    os.replace(temporary, folder / "checkpoint.pt")  # says that the epoch is done
+    write(folder / "checkpoint.pt", checkpoint.getvalue())  # says that the epoch is done
     saved_in = folder
 
 
@@ -762,24 +777,21 @@ def draw_curve(folder, rows):
 def finish(args, folder, facts, rows, model, test):
     """Write results.json and print its figures, the test's and those of the best epoch."""
     results = {**facts, "test_nll": None}
-    for name, value in test.items():
-        results[f"test_{name}"] = value
-    best = {}
+    results.update({f"test_{name}": value for name, value in test.items()})
     for row in rows:
-        if row["best"]:
-            best = row
-    for name, value in best.items():
-        if name.startswith("valid_"):
-            results[name] = value
-    if "valid_error" in best:
-        results["val_error"] = best["valid_error"]
-    results["params"] = sum(p.numel() for p in model.parameters())
-    results["epochs"] = len(rows)
-    results["seconds"] = sum(row["seconds"] for row in rows)
+        if row["best"]:  # the last of them is the best of all
+            results.update({name: value for name, value in row.items() if "valid" in name})
+    if "valid_error" in results:
+        results["val_error"] = results["valid_error"]
     speeds = [row["examples_per_second"] for row in rows] or [0.0]
-    results["examples_per_second"] = statistics.median(speeds)
-    results["torch"] = torch.__version__
-    results["test_samples"] = args.test_samples
+    results.update(
+        params=sum(p.numel() for p in model.parameters()),
+        epochs=len(rows),
+        seconds=sum(row["seconds"] for row in rows),
+        examples_per_second=statistics.median(speeds),
+        torch=torch.__version__,
+        test_samples=args.test_samples,
+    )
     write(folder / "results.json", json.dumps(results, indent=2).encode())
     text = f"test {describe(test)} nats"
     if "nll" in test:
