@@ -627,55 +627,64 @@ def begin(args, checkpoint, facts, parts):
 
     facts: what checkpoints and results say of the run. parts: what checkpoints hold the state of:
     "weights", their "average", the "optimizer", and "model", the average of the best epoch.
-    Shipped weights have the model alone: their training begins anew, on any data.
     """
     global saved_in
     rows = []
     folder = None
     if checkpoint:
-        path = checkpoint["path"]
-        for name, value in facts["model_args"].items():
-            saved = checkpoint["model_args"].get(name)
-            if saved != value:
-                fail(f"--resume {path}: its model has {name} {saved}, not {value}")
-        try:
-            if "optimizer" in checkpoint:
-                for name, part in parts.items():
-                    part.load_state_dict(checkpoint[name])
-                rows = checkpoint["rows"]
-            else:
-                for part in parts["weights"], parts["average"].module, parts["model"]:
-                    part.load_state_dict(checkpoint["model"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            fail(f"--resume {path}: damaged, or of another model: {error}")
-        if rows and checkpoint["dataset"] != facts["dataset"]:
-            fail(f"--resume {path}: was trained on {checkpoint['dataset']}; leave --dataset out")
-        if rows and not args.dry_run and checkpoint["examples"] != facts["examples"]:
-            print(f"NOT THE CHECKPOINT'S DATA: it had {checkpoint['examples']} examples")
+        rows = restore(checkpoint, facts, parts)
+        saved_in = checkpoint["path"]
         for group in parts["optimizer"].param_groups:
             group["lr"] = args.lr
-        saved_in = path
-        if path.name == "checkpoint.pt" and not args.out_dir and not args.dry_run:
-            finished = (path.parent / "results.json").exists() and args.epochs <= len(rows)
-            if finished and args.epochs > 0:
-                print(
-                    f"{path.parent} is finished: see results.json. More: --epochs N; "
-                    "--epochs 0 tests it again, in a new folder"
-                )
-                sys.exit()
-            if not finished:
-                folder = path.parent
+        if not args.out_dir and not args.dry_run:
+            folder = unfinished_folder(args, checkpoint["path"], rows)
     if folder is None:
         folder = new_folder(args, facts["script"])
     train, valid, test = facts["examples"]
     size = sum(p.numel() for p in parts["weights"].parameters() if p.requires_grad)
-    print(
-        f"{facts['script']}.py, {facts['dataset']}: {train} examples to train on, {valid} to "
-        f"validate, {test} to test\n{size} parameters on {args.device}, epochs of "
-        f"{max(1, train // args.batch_size)} steps; results in {folder}",
-        flush=True,
-    )
+    name = f"{facts['script']}.py, {facts['dataset']}"
+    print(f"{name}: {train} training, {valid} validation, {test} test examples")
+    print(f"{size} parameters on {args.device}; results in {folder}", flush=True)
     return folder, rows
+
+
+def restore(checkpoint, facts, parts):
+    """Load a checkpoint into the parts; its rows.
+
+    Shipped weights have the model alone: their training begins anew, on any data.
+    """
+    path = checkpoint["path"]
+    for name, value in facts["model_args"].items():
+        saved = checkpoint["model_args"].get(name)
+        if saved != value:
+            fail(f"--resume {path}: its model has {name} {saved}, not {value}")
+    try:
+        if "optimizer" not in checkpoint:
+            for model in parts["weights"], parts["average"].module, parts["model"]:
+                model.load_state_dict(checkpoint["model"])
+            return []
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        fail(f"--resume {path}: damaged, or of another model: {error}")
+    if checkpoint["dataset"] != facts["dataset"]:
+        fail(f"--resume {path}: was trained on {checkpoint['dataset']}; leave --dataset out")
+    if checkpoint["examples"] != facts["examples"]:
+        print(f"NOT THE CHECKPOINT'S DATA: it had {checkpoint['examples']} examples")
+    return checkpoint["rows"]
+
+
+def unfinished_folder(args, path, rows):
+    """The folder of a checkpoint whose run goes on in it; None for a new folder."""
+    if path.name != "checkpoint.pt":
+        return None
+    if args.epochs > len(rows) or not (path.parent / "results.json").exists():
+        return path.parent
+    if args.epochs > 0:
+        print(f"{path.parent} is finished, see its results.json; train more with --epochs N, or")
+        print("test it again in a new folder with --epochs 0")
+        sys.exit()
+    return None
 
 
 def end_epoch(args, rows, began, steps, valid, cost=None):
