@@ -509,19 +509,19 @@ def allow_tf32(allowed):
 
 
 @torch.no_grad()
-def evaluate(model, *tensors, samples=1, rows=4096):
+def evaluate(model, *tensors, samples=1, at_once=4096):
     """Means over examples of -ELBO, its parts and, if samples > 1, -log p(x), in nats.
 
     model(*batch, k=k) returns log_px, kl and log_w, each (k, B). The noise is the same at every
-    call; at most `rows` examples times samples are decoded at once. Under torchrun, the processes
-    share the work.
+    call. at_once: largest number of examples times samples in memory. Under torchrun, the
+    processes share the work.
     """
     began = time.time()
     rank, world = rank_and_world()
     torch.manual_seed(rank)
     allow_tf32(False)
-    k = min(samples, 64, rows)
-    batches = list(zip(*[tensor.split(rows // k) for tensor in tensors], strict=True))
+    k = min(samples, 64, at_once)
+    batches = list(zip(*[tensor.split(at_once // k) for tensor in tensors], strict=True))
     sums = []
     for batch in progress("evaluated batch", batches[rank::world]):
         parts = []

@@ -175,8 +175,8 @@ class VAE(nn.Module):
     def forward(self, x, k=None):
         """The terms of the bound for images x (B, C, H, W); Bernoulli ones are in [0, 1].
 
-        Returns log_px, kl, log_w in nats, (B,), or (k, B) for k samples of z. Raises ValueError
-        for images of another shape or, on a CPU, out of [0, 1].
+        Returns log p(x|z), KL(q || p) and log(p(x, z) / q(z|x)) in nats, (B,), or (k, B) for k
+        samples of z. Raises ValueError for images of another shape or, on a CPU, out of [0, 1].
         """
         self.check(x, k)
         mu, logvar = self.encode(x)
@@ -191,7 +191,7 @@ class VAE(nn.Module):
             log_2_pi_var = math.log(2 * math.pi * self.sigma**2)
             log_px = -0.5 * (((x - out) / self.sigma) ** 2 + log_2_pi_var).sum(-1)
         log_q = -0.5 * (eps**2 + logvar).sum(-1)  # without -z_dim / 2 log 2 pi, as log_prior
-        log_ratio = self.log_prior(z) - log_q  # log p(z) / q(z|x)
+        log_ratio = self.log_prior(z) - log_q  # log(p(z) / q(z|x))
         if self.components == 1:
             kl = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(-1).expand_as(log_px)  # appendix B
         else:
@@ -202,12 +202,12 @@ class VAE(nn.Module):
         return log_px, kl, log_w
 
     def check(self, x, k):
-        """Raise ValueError for what would give wrong numbers."""
+        """Raise ValueError for inputs that would give wrong numbers."""
         if x.shape[1:] != self.shape or not x.is_floating_point():
             raise ValueError(f"x are floats (B, *{self.shape}), not {x.dtype} {tuple(x.shape)}")
         if k is not None and k < 1:
             raise ValueError(f"k is None or at least 1, not {k}")
-        # on a GPU, looking at values would wait for it
+        # on a GPU, looking at values would interrupt it
         bernoulli = self.likelihood == "bernoulli"
         if bernoulli and x.device.type == "cpu" and not ((x >= 0) & (x <= 1)).all():
             raise ValueError("the pixels of x are in [0, 1]; divide 0..255 by 255")
@@ -352,7 +352,7 @@ def flags():
 def main(argv=None):
     import common  # here, so that the model can be copied without it
 
-    # flags, or only samples of a trained model
+    # flags; with --sample, pictures of a trained model, and that's all
     p = flags()
     args, checkpoint = common.parse(p, argv)
     if args.sample:
@@ -366,7 +366,7 @@ def main(argv=None):
     data = common.load_images(args)
     if args.binarise == "fixed":
         x, y = data.train
-        data.train = (255 * common.binarise(x, seed=0)).byte(), y
+        data.train = (255 * common.binarise(x, seed=0)).byte(), y  # 0 or 255, as good as drawn
 
     def pixels(x, seed=None):
         """Black or white for Bernoulli, which never sees grey; else grey in [0, 1]."""
