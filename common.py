@@ -26,8 +26,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-NOT_MNIST = "NOT MNIST, which is not on this disk and can't be downloaded: digits of fonts (glyphs)"
-saved_in = None  # the last good checkpoint of this process: what Ctrl-C names
+NOT_MNIST = "NOT MNIST, which can't be found or downloaded, but digits drawn from fonts (glyphs)"
+saved_in = None  # the last good checkpoint: messages say how to resume it
 
 
 # ---------------------------------------------------------------------------
@@ -36,7 +36,7 @@ saved_in = None  # the last good checkpoint of this process: what Ctrl-C names
 
 def start(main):
     """Run a script's main(). Ctrl-C, unusable files and too little memory end it in one line."""
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may be left in it
+    os.environ["MPLBACKEND"] = "agg"  # one left by a notebook could not be imported
     if sys.stdout is None:  # closed by the caller
         sys.stdout = io.StringIO()
     try:
@@ -48,7 +48,7 @@ def start(main):
     except (OSError, MemoryError) as error:
         fail(str(error) or type(error).__name__)
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if "allocate" not in str(error):
             raise
         fail(f"out of memory: {error}")
 
@@ -147,7 +147,10 @@ def parser(script, doc, epochs, batch_size, lr, test_samples, datasets=()):
 
 
 def peek(argv, flag):
-    """The value of one flag, which decides about defaults of others; None if it is not given."""
+    """The value of one flag that decides about the defaults of others, or None.
+
+    It is read before the real parser, which will complain if the value is missing.
+    """
     p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     p.add_argument(flag, dest="value", nargs="?")
     known, _ = p.parse_known_args(argv)
@@ -155,9 +158,10 @@ def peek(argv, flag):
 
 
 def parse(parser, argv=None):
-    """Parse the flags, choose device and seed: the flags, and the checkpoint of --resume or None.
+    """Parse the flags, and choose device and seed.
 
-    A flag that is not given has the value that it had in the run of --resume.
+    Returns the flags, and the checkpoint of --resume or None. A flag that is not given has the
+    value that it had in the run of --resume.
     """
     checkpoint = None
     path = peek(argv, "--resume")
@@ -170,8 +174,8 @@ def parse(parser, argv=None):
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = ["--" + name.replace("_", "-") for name in vars(args)]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-        parser.error(f"there is no {unknown[0]}; did you mean {' '.join(near) or 'a flag'}?")
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1) or ["--help"]
+        parser.error(f"there is no {unknown[0]}; did you mean {near[0]}?")
     if args.sample and not checkpoint:
         parser.error("--sample needs --resume PATH")
     if args.out_dir and os.path.lexists(os.path.expanduser(args.out_dir)):
@@ -185,10 +189,11 @@ def parse(parser, argv=None):
         if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
             join_processes(args.device)
         torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).split("\n")[0]
         parser.error(f"--device {args.device} can't be used, try auto: {reason}")
-    torch.set_flush_denormal(True)  # tiny numbers would slow a CPU several times
+    allow_tf32(True)
+    torch.set_flush_denormal(True)  # denormal numbers make a CPU several times slower
     torch.manual_seed(args.seed)
     return args, checkpoint
 
@@ -203,9 +208,9 @@ def load_checkpoint(parser, path):
     except Exception as error:  # unpickling something else raises almost anything
         reason = str(error).split("\n")[0]
         parser.error(f"--resume {path}: can't be read, {type(error).__name__}: {reason}")
-    needed = {"script", "dataset", "classes", "args", "model_args", "model", "rows"}
-    if not isinstance(checkpoint, dict) or not needed <= set(checkpoint):
-        parser.error(f"--resume {path}: not a checkpoint, which has {', '.join(sorted(needed))}")
+    for name in ("script", "dataset", "classes", "args", "model_args", "model", "rows"):
+        if not isinstance(checkpoint, dict) or name not in checkpoint:
+            parser.error(f"--resume {path}: not a checkpoint, it lacks {name!r}")
     if f"{checkpoint['script']}.py" != parser.prog:
         parser.error(f"--resume {path}: not of {parser.prog} but of {checkpoint['script']}.py")
     checkpoint["path"] = path
@@ -259,7 +264,7 @@ def load_images(args):
     dataset = args.dataset
     if dataset == "auto":
         dataset = "mnist"
-        if not have(args, dataset):
+        if not find_or_download(args, dataset):
             dataset = "glyphs"
             print(NOT_MNIST, flush=True)
     if dataset == "folder":
@@ -288,21 +293,21 @@ def torchvision_class(dataset):
     return getattr(datasets, names[dataset])
 
 
-def have(args, dataset):
-    """Whether files of the data set are there, or could be downloaded."""
+def find_or_download(args, dataset):
+    """Download the data set if no file of it is there. False if that can't be done."""
     kind = torchvision_class(dataset)
     root = data_folder(args)
     if list((root / kind.__name__ / "raw").glob("*")):
         return True
     socket.setdefaulttimeout(10)  # seconds, for each mirror
-    try:
-        with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary:  # nothing is left behind if it fails
+        try:
             kind(temporary, download=True)
-            shutil.copytree(temporary, root, dirs_exist_ok=True)
-    except RuntimeError:  # no mirror works
-        return False
-    finally:
-        socket.setdefaulttimeout(None)
+        except (RuntimeError, OSError):
+            return False
+        finally:
+            socket.setdefaulttimeout(None)
+        shutil.copytree(temporary, root, dirs_exist_ok=True)
     return True
 
 
@@ -311,17 +316,18 @@ def read_torchvision(args, dataset):
     kind = torchvision_class(dataset)
     root = data_folder(args)
     raw = root / kind.__name__ / "raw"
-    if not have(args, dataset):
+    if not find_or_download(args, dataset):
         fail(
             f"--dataset {dataset}: can't be downloaded; put train-images-idx3-ubyte, train-labels-"
-            f"idx1-ubyte and the same of t10k into {raw}, packed or not, or try --dataset glyphs"
+            f"idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, gzipped or not, into "
+            f"{raw}, or try --dataset glyphs"
         )
     try:
-        half = kind(root, train=True, download=True)
+        train = kind(root, train=True, download=True)
         test = kind(root, train=False, download=True)
     except Exception as error:  # its reader lets all kinds of errors through
         fail(f"{raw}: can't read, or download what is missing: {type(error).__name__} {error}")
-    x, y = half.data[:, None], half.targets
+    x, y = train.data[:, None], train.targets
     return [(x[5000:], y[5000:]), (x[:5000], y[:5000]), (test.data[:, None], test.targets)]
 
 
@@ -369,33 +375,35 @@ def read_folder(args):
             left_out += 1
             continue
         tenth = zlib.crc32(os.fsencode(name.as_posix())) % 10
-        part = {0: 2, 1: 1}.get(tenth, 0)
+        part = 0
+        if tenth < 2:
+            part = 2 - tenth
         images[part].append(load_image(path, args.image_size))
         labels[part].append(name.parts[0])
     classes = sorted(set(labels[0]))
     if classes and set(classes) <= {"train", "val", "valid", "validation", "test"}:
         fail(f"{root}: {', '.join(classes)} are not classes; put all images of a class together")
     parts = []
-    for x, names in zip(images, labels, strict=True):
-        known = [i for i, name in enumerate(names) if name in classes]
-        left_out += len(names) - len(known)  # of classes without an image to train on
+    for x, y in zip(images, labels, strict=True):
+        known = [i for i, label in enumerate(y) if label in classes]
+        left_out += len(y) - len(known)  # of classes without an image to train on
         if not known:
-            fail(f"{root}: {len(files)} images in sub-folders are too few to train and test")
-        y = torch.tensor([classes.index(names[i]) for i in known])
-        parts.append((torch.stack([x[i] for i in known]), y))
+            fail(f"{root}: too few images in sub-folders to train, validate and test")
+        numbers = torch.tensor([classes.index(y[i]) for i in known])
+        parts.append((torch.stack([x[i] for i in known]), numbers))
     if left_out:
-        print(f"left out: {left_out} files (hidden, no images, or of classes without training)")
-    x = parts[0][0]
+        print(f"left out: {left_out} files (hidden, not images, or of classes without training)")
+    x, _ = parts[0]
     if x.min() == x.max():
         fail(f"{root}: all pixels have the value {x.min()}")
     if ((x > 25) & (x < 230)).float().mean() > 0.3:
-        print("many pixels are grey, but will be drawn black or white; greys are modelled by")
-        print("  vae.py --likelihood gaussian --sigma 0.1")
+        print("many pixels are grey; only vae.py --likelihood gaussian --sigma 0.1 models greys,")
+        print("  all else draws them black or white")
     return parts, classes
 
 
 def load_image(path, size):
-    """An image file as a person sees it, made grey and square: (1, size, size) uint8."""
+    """An image file as a viewer shows it, made grey and square: (1, size, size) uint8."""
     from PIL import Image, ImageOps
 
     try:
@@ -409,8 +417,8 @@ def load_image(path, size):
             image = Image.fromarray((255 * values).round().astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
-            alpha = np.asarray(image)[:, :, 3]
-            ink = (np.asarray(image.convert("L")) * (alpha / 255)).sum() / max(1, alpha.sum() / 255)
+            opacity = np.asarray(image)[:, :, 3] / 255
+            ink = (np.asarray(image.convert("L")) * opacity).sum() / max(1, opacity.sum())
             ground = 0 if ink > 127 else 255  # light ink on black, dark ink on white
             paper = Image.new("RGBA", image.size, (ground, ground, ground, 255))
             image = Image.alpha_composite(paper, image)
@@ -425,8 +433,8 @@ def glyph_images(n):
     from matplotlib import get_data_path
     from matplotlib.ft2font import FT2Font
 
-    paths = sorted(Path(get_data_path(), "fonts/ttf").glob("DejaVu*[!y].ttf"))  # none of Display
-    fonts = [FT2Font(str(path)) for path in paths]
+    paths = sorted(Path(get_data_path(), "fonts/ttf").glob("DejaVu*.ttf"))
+    fonts = [FT2Font(str(path)) for path in paths if "Display" not in path.name]
     random = np.random.default_rng(0)
     x = np.zeros((n, 1, 28, 28), np.uint8)
     y = random.integers(10, size=n)
@@ -457,10 +465,11 @@ def binarise(x, seed=None):
 
 
 def epoch_order(args, epoch, n, lengths=None):
-    """Seed the noise of an epoch; its order of n examples, (steps, examples of a step), on the CPU.
+    """Seed the noise of an epoch, and shuffle its n examples.
 
-    With lengths (n,), examples of similar length share a step. Randomness follows from seed and
-    epoch alone. Under torchrun, each process gets its part of every step, and noise of its own.
+    Returns indices (steps, examples of a step) on the CPU. With lengths (n,), examples of similar
+    length share a step. Randomness follows from seed and epoch alone. Under torchrun, each process
+    gets its part of every step, and noise of its own.
     """
     rank, world = rank_and_world()
     seed = hash((args.seed, epoch))
@@ -503,7 +512,7 @@ def log_mean_exp(log_w, dim=0):
 
 
 def allow_tf32(allowed):
-    """Whether a GPU may round factors of float32 products to TF32, which is faster."""
+    """Allow or forbid a GPU to round factors of float32 products to TF32, which is faster."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
@@ -532,7 +541,7 @@ def evaluate(model, *tensors, samples=1, at_once=4096):
     total = torch.zeros(3, dtype=torch.float64)
     if sums:
         total = torch.stack(sums).cpu().double().sum(0)
-    if world > 1:
+    if world > 1:  # on the device, as not all back ends can share what is on the CPU
         shared = total.float().to(tensors[0].device)
         torch.distributed.all_reduce(shared)
         total = shared.cpu()
@@ -573,23 +582,18 @@ def means(**terms):
 
 
 def new_folder(args, script):
-    """Make args.out_dir, or the first free out/SCRIPT-N. It goes again if it stays empty."""
-    if rank_and_world()[0] > 0:  # what other processes of torchrun write is thrown away
-        folder = Path(tempfile.mkdtemp())
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        return folder
-    n = 1
-    while True:
-        folder = Path(os.path.expanduser(args.out_dir or f"out/{script}-{n}"))
-        n += 1
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            if args.out_dir:
-                raise
-        else:
-            atexit.register(remove_empty, folder)
-            return folder
+    """Make args.out_dir, or the first free out/SCRIPT-N. At exit it is removed if it is empty."""
+    if args.out_dir:
+        folder = Path(os.path.expanduser(args.out_dir))
+        folder.mkdir(parents=True)
+    else:
+        n = 1
+        while os.path.lexists(f"out/{script}-{n}"):
+            n += 1
+        folder = Path(f"out/{script}-{n}")
+        folder.mkdir(parents=True)
+    atexit.register(remove_empty, folder)
+    return folder
 
 
 def remove_empty(folder):
@@ -622,33 +626,40 @@ def facts(script, args, data, model_args):
     }
 
 
+def size(model):
+    """Number of parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
 def begin(args, checkpoint, facts, parts):
     """Start a run, or continue that of the checkpoint: its folder, and one row per finished epoch.
 
-    facts: what checkpoints and results say of the run. parts: what checkpoints hold the state of:
-    "weights", their "average", the "optimizer", and "model", the average of the best epoch.
+    facts: what checkpoints and results say of the run. parts: the objects whose state checkpoints
+    hold: "weights" in training, their "average", the "optimizer", and "model", the best average.
     """
     global saved_in
     rows = []
     folder = None
     if checkpoint:
-        rows = restore(checkpoint, facts, parts)
+        rows = restore(args, checkpoint, facts, parts)
         saved_in = checkpoint["path"]
         for group in parts["optimizer"].param_groups:
             group["lr"] = args.lr
         if not args.out_dir and not args.dry_run:
-            folder = unfinished_folder(args, checkpoint["path"], rows)
+            folder = folder_to_continue(args, checkpoint["path"], rows)
+    if rank_and_world()[0] > 0:  # what other processes of torchrun write is thrown away
+        folder = Path(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     if folder is None:
         folder = new_folder(args, facts["script"])
     train, valid, test = facts["examples"]
-    size = sum(p.numel() for p in parts["weights"].parameters() if p.requires_grad)
     name = f"{facts['script']}.py, {facts['dataset']}"
     print(f"{name}: {train} training, {valid} validation, {test} test examples")
-    print(f"{size} parameters on {args.device}; results in {folder}", flush=True)
+    print(f"{size(parts['weights'])} parameters on {args.device}; results in {folder}", flush=True)
     return folder, rows
 
 
-def restore(checkpoint, facts, parts):
+def restore(args, checkpoint, facts, parts):
     """Load a checkpoint into the parts; its rows.
 
     Shipped weights have the model alone: their training begins anew, on any data.
@@ -669,16 +680,21 @@ def restore(checkpoint, facts, parts):
         fail(f"--resume {path}: damaged, or of another model: {error}")
     if checkpoint["dataset"] != facts["dataset"]:
         fail(f"--resume {path}: was trained on {checkpoint['dataset']}; leave --dataset out")
-    if checkpoint["examples"] != facts["examples"]:
+    if checkpoint["examples"] != facts["examples"] and not args.dry_run:
         print(f"NOT THE CHECKPOINT'S DATA: it had {checkpoint['examples']} examples")
     return checkpoint["rows"]
 
 
-def unfinished_folder(args, path, rows):
-    """The folder of a checkpoint whose run goes on in it; None for a new folder."""
+def folder_to_continue(args, path, rows):
+    """The folder of a checkpoint of an unfinished run, or None if a new one is needed.
+
+    Ends the program if the run is finished and nothing else was asked for.
+    """
     if path.name != "checkpoint.pt":
         return None
-    if args.epochs > len(rows) or not (path.parent / "results.json").exists():
+    results = path.parent / "results.json"
+    finished = results.exists() and json.loads(results.read_text())["epochs"] == len(rows)
+    if args.epochs > len(rows) or not finished:
         return path.parent
     if args.epochs > 0:
         print(f"{path.parent} is finished, see its results.json; train more with --epochs N, or")
@@ -690,8 +706,8 @@ def unfinished_folder(args, path, rows):
 def end_epoch(args, rows, began, steps, valid, cost=None):
     """Add an epoch's row to the log and print it; True if its validation is the best so far.
 
-    began: when the epoch began. steps: `means` of each. valid: figures, the first of which
-    chooses. cost(epoch): how long an epoch takes, in any unit, if not always as long.
+    began: when the epoch began. steps: `means` of each. valid: its first figure says which epoch
+    is the best. cost(epoch): relative time that an epoch takes, if some take longer.
     """
     row = {"epoch": len(rows) + 1, "seconds": time.time() - began}
     row["examples_per_second"] = len(steps) * args.batch_size / (row["seconds"] - valid["seconds"])
@@ -716,13 +732,13 @@ def end_epoch(args, rows, began, steps, valid, cost=None):
     costs = [cost(epoch) if cost else 1 for epoch in range(max(args.epochs, len(rows)))]
     done = sum(costs[: len(rows)])
     left = sum(r["seconds"] for r in rows) * (sum(costs) - done) / done
-    left += 2 * args.test_samples * valid["seconds"]
+    left += 2 * args.test_samples * valid["seconds"]  # MNIST has twice as many to test
     minutes, seconds = divmod(round(left), 60)
     clock = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
     star = "*" if row["best"] else " "
     number = f"{row['epoch']}/{args.epochs}"
     text = f"epoch {number:>7}  train {row['train_neg_elbo']:.2f}  valid {describe(valid)} {star}"
-    print(f"{text:66}  {clock} left", flush=True)
+    print(f"{text:66}  {clock} left", flush=True)  # hides the live line
     return row["best"]
 
 
@@ -744,7 +760,7 @@ def write(path, content):
 
 
 def save(folder, facts, rows, parts):
-    """Write best.pt if the last epoch is the best, log.csv, curve.png, and then checkpoint.pt."""
+    """Write log.csv, curve.png, checkpoint.pt and, if it is new or the epoch the best, best.pt."""
     global saved_in
     state = {name: part.state_dict() for name, part in parts.items()}
     checkpoint = io.BytesIO()
@@ -762,7 +778,7 @@ def save(folder, facts, rows, parts):
 
 
 def draw_curve(folder, rows):
-    """curve.png: training and validation, epoch by epoch, in one unit."""
+    """curve.png: training and validation, epoch by epoch."""
     from matplotlib.figure import Figure
 
     panels = [("neg_elbo", "-ELBO, nats")]
@@ -776,7 +792,7 @@ def draw_curve(folder, rows):
             if f"{part}_{name}" in rows[0]:
                 values = [row[f"{part}_{name}"] for row in rows]
                 ax.plot(range(1, len(rows) + 1), values, ".-", label=part)
-                late += values[len(rows) // 5 :]
+                late += [value for value in values[len(rows) // 5 :] if math.isfinite(value)]
         margin = 0.05 * (max(late) - min(late)) + 1e-9
         ax.set(xlabel="epoch", ylabel=label, ylim=(min(late) - margin, max(late) + margin))
         ax.legend()
@@ -789,12 +805,14 @@ def finish(args, folder, facts, rows, model, test):
     results.update({f"test_{name}": value for name, value in test.items()})
     for row in rows:
         if row["best"]:  # the last of them is the best of all
-            results.update({name: value for name, value in row.items() if "valid" in name})
+            results.update(
+                {name: value for name, value in row.items() if name.startswith("valid_")}
+            )
     if "valid_error" in results:
-        results["val_error"] = results["valid_error"]
+        results["val_error"] = results.pop("valid_error")
     speeds = [row["examples_per_second"] for row in rows] or [0.0]
     results.update(
-        params=sum(p.numel() for p in model.parameters()),
+        params=size(model),
         epochs=len(rows),
         seconds=sum(row["seconds"] for row in rows),
         examples_per_second=statistics.median(speeds),
@@ -825,8 +843,8 @@ def save_grid(path, images, row_names=(), column_names=()):
     if channels != 3:
         picture = picture.mean(2)
     inches = max(8.0, 0.8 * columns)
-    tile = inches / columns
-    figure = Figure((inches, min(300, tile * rows * height / width + 0.5)), layout="constrained")
+    tall = inches / columns * rows * height / width + 0.4  # with names of columns
+    figure = Figure((inches, min(tall, 300)), layout="constrained")  # larger ones can't be drawn
     ax = figure.subplots()
     ax.imshow(picture, "gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set_xticks([(i + 0.5) * width - 0.5 for i in range(len(column_names))], column_names)
@@ -844,15 +862,15 @@ def save_animation(path, canvases, windows=()):
     from torchvision.utils import draw_bounding_boxes, make_grid
 
     steps, n, _, height, width = canvases.shape
-    size = torch.tensor([width, height, width, height])
+    scale = 3
     images = canvases.cpu().float().expand(-1, -1, 3, -1, -1)
-    images = images.repeat_interleave(3, 3).repeat_interleave(3, 4)  # three times as large
+    images = images.repeat_interleave(scale, 3).repeat_interleave(scale, 4)
+    size = scale * torch.tensor([width, height, width, height])
     for step, window in zip(images[:-1], windows, strict=False):  # the last frame has no boxes
-        window = window.cpu().float()
-        centre = window[:, :2]
-        half = window[:, 3:4].exp()  # roughly through the outermost filters
-        boxes = torch.cat([centre - half, centre + half], 1).clamp(-0.99, 0.99)
-        boxes = 1.5 * (boxes + 1) * size
+        g_x, g_y, _, log_delta, _ = window.cpu().float().unbind(1)  # eq. 21
+        half = log_delta.exp()  # roughly through the outermost filters
+        boxes = torch.stack([g_x - half, g_y - half, g_x + half, g_y + half], 1)  # in [-1, 1]
+        boxes = (boxes.clamp(-0.99, 0.99) + 1) / 2 * size
         for i in range(n):
             step[i] = draw_bounding_boxes(step[i], boxes[i : i + 1], colors="red")
     frames = [to_pil_image(make_grid(step, min(n, 10), pad_value=0.3)) for step in images]

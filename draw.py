@@ -331,7 +331,7 @@ def main(argv=None):
     data = common.load_images(args)
     if args.binarise == "fixed":
         x, y = data.train
-        data.train = (255 * common.binarise(x, seed=0)).byte(), y  # 0 or 255, as good as drawn
+        data.train = (255 * common.binarise(x, seed=0)).byte(), y  # 0 or 255 stays as it is
     x_valid = common.binarise(data.valid[0], seed=1)
 
     # model and optimiser

@@ -366,7 +366,7 @@ def main(argv=None):
     data = common.load_images(args)
     if args.binarise == "fixed":
         x, y = data.train
-        data.train = (255 * common.binarise(x, seed=0)).byte(), y  # 0 or 255, as good as drawn
+        data.train = (255 * common.binarise(x, seed=0)).byte(), y  # 0 or 255 stays as it is
 
     def pixels(x, seed=None):
         """Black or white for Bernoulli, which never sees grey; else grey in [0, 1]."""
@@ -400,7 +400,8 @@ def main(argv=None):
         steps = []
         for x, _ in common.batches(args, epoch, *data.train):
             log_px, kl, log_w = model(pixels(x), args.iw)
-            loss = (kl - log_px).mean()
+            neg_elbo = kl - log_px
+            loss = neg_elbo.mean()
             if args.iw > 1:
                 loss = -common.log_mean_exp(log_w).mean()
             optimizer.zero_grad()
@@ -409,7 +410,6 @@ def main(argv=None):
             norm = nn.utils.clip_grad_norm_(model.parameters(), 100.0)
             optimizer.step()
             average.update_parameters(model)
-            neg_elbo = kl - log_px
             steps.append(
                 common.means(loss=loss, neg_elbo=neg_elbo, rec=-log_px, kl=kl, grad_norm=norm)
             )
