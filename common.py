@@ -843,7 +843,8 @@ def save_grid(path, images, row_names=(), column_names=()):
     if channels != 3:
         picture = picture.mean(2)
     inches = max(8.0, 0.8 * columns)
-    tall = inches / columns * rows * height / width + 0.4  # with names of columns
+    tile = min(inches / columns, 2)
+    tall = tile * rows * height / width + 0.4  # with names of columns
     figure = Figure((inches, min(tall, 300)), layout="constrained")  # larger ones can't be drawn
     ax = figure.subplots()
     ax.imshow(picture, "gray", vmin=0, vmax=1, interpolation="nearest")
