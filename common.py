@@ -379,7 +379,7 @@ def read_folder(args):
         if tenth < 2:
             part = 2 - tenth
         images[part].append(load_image(path, args.image_size))
-        labels[part].append(name.parts[0])
+        labels[part].append(name.parts[0].encode(errors="replace").decode())  # if it is no UTF-8
     classes = sorted(set(labels[0]))
     if classes and set(classes) <= {"train", "val", "valid", "validation", "test"}:
         fail(f"{root}: {', '.join(classes)} are not classes; put all images of a class together")
@@ -445,8 +445,8 @@ def glyph_images(n):
         font.draw_glyphs_to_bitmap(antialiased=True)
         ink = np.asarray(font.get_image())[:28, :28]
         height, width = ink.shape
-        top = random.integers(29 - height)
-        left = random.integers(29 - width)
+        top = (28 - height) // 4 + random.integers(29 - height) // 2  # near the middle
+        left = (28 - width) // 4 + random.integers(29 - width) // 2
         image[0, top : top + height, left : left + width] = ink
     return torch.from_numpy(x), torch.from_numpy(y)
 
@@ -587,11 +587,13 @@ def new_folder(args, script):
         folder = Path(os.path.expanduser(args.out_dir))
         folder.mkdir(parents=True)
     else:
-        n = 1
-        while os.path.lexists(f"out/{script}-{n}"):
+        folder = None
+        n = 0
+        while folder is None:
             n += 1
-        folder = Path(f"out/{script}-{n}")
-        folder.mkdir(parents=True)
+            with contextlib.suppress(FileExistsError):  # or made by another run at this moment
+                Path(f"out/{script}-{n}").mkdir(parents=True)
+                folder = Path(f"out/{script}-{n}")
     atexit.register(remove_empty, folder)
     return folder
 
@@ -713,18 +715,19 @@ def end_epoch(args, rows, began, steps, valid, cost=None):
     row["examples_per_second"] = len(steps) * args.batch_size / (row["seconds"] - valid["seconds"])
     for name in steps[0]:
         row[f"train_{name}"] = torch.stack([step[name] for step in steps]).mean().item()
-        if not math.isfinite(row[f"train_{name}"]):
+    for name, value in valid.items():
+        row[f"valid_{name}"] = value
+    for name, value in row.items():
+        if not math.isfinite(value):
             resume = f"--resume {saved_in} and " if saved_in else ""
             fail(
                 f"epoch {row['epoch']}: {name} is not finite; try {resume}a lower rate, "
                 f"--lr {args.lr / 2:g}"
             )
-    for name, value in valid.items():
-        row[f"valid_{name}"] = value
     score = f"valid_{next(iter(valid))}"
-    row["best"] = math.isfinite(row[score])
+    row["best"] = True
     for earlier in rows:
-        if earlier["best"] and earlier[score] < row[score]:
+        if earlier[score] < row[score]:
             row["best"] = False
     rows.append(row)
 
@@ -737,16 +740,18 @@ def end_epoch(args, rows, began, steps, valid, cost=None):
     clock = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
     star = "*" if row["best"] else " "
     number = f"{row['epoch']}/{args.epochs}"
-    text = f"epoch {number:>7}  train {row['train_neg_elbo']:.2f}  valid {describe(valid)} {star}"
-    print(f"{text:66}  {clock} left", flush=True)  # hides the live line
+    digits = 2 if abs(row["valid_neg_elbo"]) < 1000 else 1  # a line has at most 80 columns
+    train = f"{row['train_neg_elbo']:.2f}"
+    text = f"epoch {number:>7}  train {train}  valid {describe(valid, digits)} {star}"
+    print(f"{text:65} {clock:>8} left", flush=True)  # hides the live line
     return row["best"]
 
 
-def describe(figures):
-    """A line's worth of figures."""
+def describe(figures, digits=2):
+    """The figures of an evaluation as text; digits: of the parts of the -ELBO."""
     text = f"{figures['neg_elbo']:.2f}"
     if "kl" in figures:
-        text += f" = {figures['rec']:.2f} + {figures['kl']:.2f}"
+        text += f" = {figures['rec']:.{digits}f} + {figures['kl']:.{digits}f}"
     if "error" in figures:
         text = f"error {figures['error']:.2f} %, -ELBO {text}"
     return text
@@ -792,7 +797,7 @@ def draw_curve(folder, rows):
             if f"{part}_{name}" in rows[0]:
                 values = [row[f"{part}_{name}"] for row in rows]
                 ax.plot(range(1, len(rows) + 1), values, ".-", label=part)
-                late += [value for value in values[len(rows) // 5 :] if math.isfinite(value)]
+                late += values[len(rows) // 5 :]
         margin = 0.05 * (max(late) - min(late)) + 1e-9
         ax.set(xlabel="epoch", ylabel=label, ylim=(min(late) - margin, max(late) + margin))
         ax.legend()

@@ -2,849 +2,1967 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.7", "torchvision", "numpy", "matplotlib"]
 # ///
-"""Tests without a network, about three minutes: python test_all.py [NAME ...], or pytest; "speed"
-prints a table of speeds. SEQVAE_DATA=DIR: also on real data in DIR; SEQVAE_KILLS=N: more kills."""
-import ast, contextlib, csv, functools, gzip, hashlib, http.server, importlib, inspect, io
-import itertools, json, math, multiprocessing.pool, os, pty, random, re, resource, shlex, shutil
-import signal, struct, subprocess, sys, tempfile, threading, time, unittest, unittest.mock as mock
+"""Tests of all files, without a network, in about three minutes. pytest runs them, too.
+
+    python test_all.py                       # all tests
+    python test_all.py TestDraw              # one class
+    python test_all.py TestVAE.test_kl       # one test
+
+Two environment variables: SEQVAE_DATA=DIR, to test on the real data in DIR, too; SEQVAE_KILLS=N,
+to kill N runs of every script, in place of one run of one script.
+"""
+
+import ast
+import contextlib
+import csv
+import functools
+import gzip
+import hashlib
+import http.server
+import importlib
+import inspect
+import io
+import json
+import math
+import multiprocessing
+import os
+import pty
+import random
+import re
+import resource
+import runpy
+import shlex
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-os.environ.setdefault("OMP_NUM_THREADS", "1")    # more threads slow tiny models down
-import torch, torch.nn as nn
+from unittest import mock
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads slow tiny models down
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
-from torch.utils.flop_counter import FlopCounterMode
-import cdraw, common, cvae, draw, ssl_vae, vae, vrnn
-HERE, SCRIPTS = Path(__file__).resolve().parent, ("vae", "cvae", "ssl_vae", "draw", "cdraw", "vrnn")
-REAL = os.environ.get("SEQVAE_DATA") and str(Path(os.environ["SEQVAE_DATA"]).resolve())
-draw_glyphs, draw_strokes, read_data = common.glyph_images, vrnn.glyph_strokes, vrnn.read_data
-patched, raises = mock.patch.object, unittest.TestCase().assertRaisesRegex
-glyphs = functools.cache(lambda: draw_glyphs(2400))
-no_noise = lambda: mock.patch.multiple(torch, randn=torch.zeros, randn_like=torch.zeros_like)
-load = functools.partial(torch.load, weights_only=True)
-identical = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
-def close(a, b, tol=1e-5):
-    a, b = [torch.as_tensor(v, dtype=torch.float64) for v in (a, b)]
-    torch.testing.assert_close(a, b, rtol=tol, atol=tol)
-@contextlib.contextmanager
-def folder():    # an empty one, to work in
-    before = os.getcwd()
-    with tempfile.TemporaryDirectory() as path, contextlib.ExitStack() as stack:
-        stack.callback(os.chdir, before)
-        os.chdir(path)
-        yield Path(path)
-def recorded(m, *names):    # lists that fill with (inputs, output) of modules of m
-    seen = {name: [] for name in names}
-    for name in names:
-        getattr(m, name).register_forward_hook(lambda _, i, o, name=name: seen[name].append((i, o)))
-    return seen
-def tiny_images(args):    # stands for common.images
-    args.dataset, args.run.about, (x, y) = "glyphs", {"classes": [*"0123456789"]}, glyphs()
-    cuts = (0, args.batch_size if args.dry_run else 200), (200, 300), (300, 400)
-    parts = {name: (x[a:b], y[a:b]) for name, (a, b) in zip(("train", "valid", "test"), cuts)}
-    return SimpleNamespace(shape=(1, 28, 28), num_classes=10, classes=[*"0123456789"], **parts)
+from torchvision.datasets import MNIST
+
+import cdraw
+import common
+import cvae
+import draw
+import ssl_vae
+import vae
+import vrnn
+
+HERE = Path(__file__).resolve().parent
+REAL = os.path.abspath(os.environ.get("SEQVAE_DATA", ""))
+SCRIPTS = {
+    "vae": vae.VAE,
+    "cvae": cvae.CVAE,
+    "ssl_vae": ssl_vae.SSLVAE,
+    "draw": draw.DRAW,
+    "cdraw": cdraw.CDRAW,
+    "vrnn": vrnn.VRNN,
+}
+SMALL = {  # flags of small models
+    "vae": "--hidden 16 --z-dim 4",
+    "cvae": "--hidden 16 --z-dim 4 --warm-up 3",
+    "ssl_vae": "--hidden 16 --z-dim 4 --labels 20",
+    "draw": "--hidden 16 --z-dim 4 --glimpses 5",
+    "cdraw": "--hidden 16 --z-dim 4 --glimpses 5",
+    "vrnn": "--hidden 16 --z-dim 4 --dataset glyphs",
+}
+CLASSES = ["12", "o k", "\u00e9\udce9 $"]  # of own images; the last is no UTF-8
+ENDINGS = ("png", "jpg", "JPEG", "bmp")
+FIGURES = {"neg_elbo": 1e9, "rec": 1e9, "kl": 0.0, "nll": 1e9, "seconds": 1.0}
+load_images = common.load_images
+
+
+# ---------------------------------------------------------------------------
+# helpers
+
+
+class Case(unittest.TestCase):
+    """A test works in an empty folder of its own, with the same random numbers every time."""
+
+    def setUp(self):
+        torch.manual_seed(0)
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(folder.name)
+
+    def assert_close(self, actual, expected, tolerance=1e-5):
+        actual = torch.as_tensor(actual, dtype=torch.float64)
+        expected = torch.as_tensor(expected, dtype=torch.float64)
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+    def assert_same(self, actual, expected):
+        """Tensors, or lists and dictionaries of tensors and numbers, are equal bit for bit."""
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+    def train(self, script, flags="", read=None):
+        """What a run prints that must succeed."""
+        status, out, err = run(script, flags, read)
+        self.assertEqual(status, 0, f"{script} {flags}: {err}")
+        return out
+
+    def assert_refused(self, script, flags, expected, read=None):
+        """A run ends with status 2 and one line, in which the expected words are."""
+        status, _, err = run(script, flags, read)
+        self.assertEqual(status, 2, err)
+        lines = err.splitlines()
+        if len(lines) > 1:
+            self.assertEqual(lines[:-1], [f"usage: {script}.py [flags]; --help lists them"])
+        self.assertIn(expected, lines[-1])
+
+    def assert_label_is_used(self, model):
+        """After some training, images with wrong labels are less probable."""
+        x, y = glyphs()
+        x = common.binarise(x, seed=0)
+        for _ in range(6):
+            for start in range(0, 2000, 100):
+                part = slice(start, start + 100)
+                fit(model, (x[part], y[part]), 1)
+        x = x[2000:]
+        y = y[2000:]
+        right = common.evaluate(model, x, y)["neg_elbo"]
+        wrong = common.evaluate(model, x, y.roll(7))["neg_elbo"]
+        self.assertGreater(wrong, right + 1)
+
+
 @functools.cache
-def tiny_strokes(root):    # stands for vrnn.glyph_strokes
-    few = itertools.islice(draw_strokes(root), 170)
-    return [(int(i >= 100) + int(i >= 130), x[:25], label) for i, (_, x, label) in enumerate(few)]
-SMALL = {"vae": "--hidden 16 --z-dim 4", "cvae": "--hidden 16 --z-dim 4 --warm-up 3",
-         "ssl_vae": "--hidden 16 --channels 2 3 4 --z-dim 4 --labels 20",
-         **dict.fromkeys(("draw", "cdraw"), "--hidden 16 --z-dim 4 --glimpses 3"),
-         "vrnn": "--hidden 16 --features 16 --mixtures 2 --dataset glyphs --z-temperature 2"}
-def outcome(script, flags="", images=tiny_images):    # of main() on a tiny set: status, stderr
-    flags = f"--batch-size 50 --test-samples 5 --device cpu {SMALL[script]} {flags}"
-    common.Run.hint, err, status = "", io.StringIO(), 0
-    with patched(common, "images", images), patched(vrnn, "glyph_strokes", tiny_strokes), \
-            patched(sys, "argv", [f"{script}.py"]), contextlib.redirect_stderr(err), \
-            contextlib.redirect_stdout(io.StringIO()):
+def glyphs():
+    """2,400 digits of fonts and their labels."""
+    return common.glyph_images(2400)
+
+
+def many_glyphs(n):
+    """In place of common.glyph_images: faster, as all of its images appear ten times."""
+    x, y = glyphs()
+    index = torch.arange(n) % len(y)
+    return x[index], y[index]
+
+
+def few_images(args):
+    """In place of common.load_images: 200 glyphs to train on, 100 to validate, 90 to test."""
+    x, y = glyphs()
+    n = args.batch_size if args.dry_run else 200
+    return SimpleNamespace(
+        train=(x[:n], y[:n]),
+        valid=(x[200:300], y[200:300]),
+        test=(x[300:390], y[300:390]),
+        shape=(1, 28, 28),
+        classes=list("0123456789"),
+        dataset="glyphs",
+    )
+
+
+def run(script, flags="", read=None):
+    """Run a script with few images and a small model: its exit status, output and error output.
+
+    A run that is resumed keeps its flags. Pictures, which take most of the time of tiny runs, are
+    drawn by --dry-run and --sample only. read: in place of few_images.
+    """
+    if "--resume" not in flags:
+        flags = f"--batch-size 50 --test-samples 5 {SMALL[script]} {flags}"
+    words = shlex.split(f"--device cpu {flags}")
+    main = importlib.import_module(script).main
+    out = io.StringIO()
+    err = io.StringIO()
+    status = None
+    common.saved_in = None
+    pictures = {}
+    if "--dry-run" not in flags and "--sample " not in flags:
+        nothing = mock.Mock()
+        pictures = {"save_grid": nothing, "save_animation": nothing, "draw_curve": nothing}
+    with (
+        mock.patch.multiple(common, load_images=read or few_images, **pictures),
+        mock.patch.object(sys, "argv", [f"{script}.py"]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         try:
-            importlib.import_module(script).main(shlex.split(flags))
-        except OSError:
-            status = 2
-            raises(SystemExit, "2", sys.excepthook, *sys.exc_info())
+            common.start(lambda: main(words))
         except SystemExit as stop:
             status = stop.code
-    return status, err.getvalue()
-def train(script, flags="", images=tiny_images):
-    status, error = outcome(script, flags, images)
-    assert not status, error
-binary_images = lambda n: torch.tensor([*itertools.product((0.0, 1.0), repeat=n)]).view(-1, 1, 1, n)
-def draws(shape=(1, 4, 4), attentions=(True, False), **sizes):    # each path: name, model, inputs
-    torch.manual_seed(0)
-    x, y = torch.rand(6, *shape).round(), torch.arange(6) % 3
-    sizes = {"glimpses": 2, "read_size": 2, "write_size": 3, "z_dim": 3, "hidden": 5, **sizes}
-    for attention, prior in itertools.product(attentions, ("standard", "learned")):
-        sizes.update(attention=attention, prior=prior)
-        for m, inputs in ((draw.DRAW(shape, **sizes), (x,)),
-                          (cdraw.CDRAW(shape, num_classes=3, **sizes), (x, y))):
-            for p in (m.start, m.prior.weight, m.prior.bias)[:3 if prior == "learned" else 1]:
-                nn.init.normal_(p, std=0.3)
-            yield f"{type(m).__name__} {attention} {prior}", m, inputs
-def vrnns(stops=(False, True)):    # each path: name, model, inputs x (T, B, D), lengths, labels
-    lengths, y = torch.tensor([5, 3, 1, 4]), torch.tensor([0, 2, 1, 2])
-    for likelihood, prior, z_dim, stop in itertools.product(
-            ("bernoulli", "gaussian", "pen"), ("learned", "standard"), (2, 0), stops):
-        torch.manual_seed(0)
-        d = 3 if likelihood == "pen" else 4
-        m = vrnn.VRNN(d, z_dim, likelihood, prior, 3, stop, mixtures=2, hidden=7, features=6)
-        nn.init.normal_(m.h_0)
-        x, binary = torch.randn(5, 4, d), {"bernoulli": 0, "pen": 2, "gaussian": d}[likelihood]
-        x[..., binary:] = (x[..., binary:] > 0).float()
-        yield f"VRNN {likelihood} {prior} {z_dim} {stop}", m, (x, lengths, y)
-def models(ssl=False):    # each code path of each class: name, model, inputs
-    torch.manual_seed(0)
-    x, y = torch.rand(6, 1, 4, 4).round(), torch.arange(6) % 3
-    for likelihood, channels in itertools.product(("bernoulli", "gaussian"), (None, (2, 3))):
-        yield f"VAE {channels}", vae.VAE((1, 4, 4), (7, 5), 3, likelihood, channels), (x,)
-    yield "VAE mixture", vae.VAE((1, 4, 4), (7, 5), 3, components=30), (x,)
-    given = ("label", y), ("quadrants", cvae.hide(x, 1))
-    for z_dim, (on, y), channels in itertools.product((3, 0), given, (None, (2, 3))):
-        yield f"CVAE {on} {z_dim}", cvae.CVAE((1, 4, 4), on, z_dim, 3, (7, 5), channels), (x, y)
-    yield from draws()
-    yield from vrnns()
-    for m in ssl_models() if ssl else ():
-        yield "SSLVAE", Bounds(m), (x, torch.arange(6) % 3)
-def ssl_models(shape=(1, 4, 4)):
-    for auxiliary in (False, True):
-        torch.manual_seed(2)
-        yield ssl_vae.SSLVAE(shape, 3, 3, auxiliary, (7, 5), (2, 3, 4), a_dim=2).eval()
-class Bounds(nn.Module):    # an SSLVAE whose classifier and bounds are the terms
-    def __init__(self, m):
-        super().__init__()
-        self.m, self.sample = m, m.sample
-    def forward(self, x, y):
-        return self.m.classify(x)[:, 0], self.m.labelled_bound(x, y), self.m.unlabelled_bound(x)
-sample = lambda m, x: m.sample(4, y=x[2])[0] if len(x) > 2 else m.sample(*x[1:] or [6])
-def test_kl_equals_torch_distributions_and_monte_carlo():
-    torch.manual_seed(0)
-    mu_q, logvar_q, mu_p, logvar_p = torch.randn(4, 5, 7, 3, dtype=torch.float64)
-    q, p = Normal(mu_q, (0.5 * logvar_q).exp()), Normal(mu_p, (0.5 * logvar_p).exp())
-    kl = common.gaussian_kl(mu_q, logvar_q, mu_p, logvar_p)
-    close(kl, kl_divergence(q, p), 1e-12)
-    z = q.sample((20_000,))
-    terms = q.log_prob(z) - p.log_prob(z)
-    assert ((terms.mean(0) - kl).abs() < 6 * terms.std(0) / len(z)**0.5 + 1e-9).all()
-    x, y, m = torch.rand(6, 1, 4, 4).round(), torch.arange(6), vae.VAE((1, 4, 4), 7, z_dim=3)
-    close(m(x)[1], common.gaussian_kl(*m.encode(x), torch.zeros(3), torch.zeros(3)).sum(1))
-    m = cvae.CVAE((1, 4, 4), z_dim=3, hidden=7)
-    h_y = m.features(y)
-    close(m(x, y)[1], common.gaussian_kl(*m.posterior(x, h_y), *m.prior(h_y)).sum(1))
-def test_mixture_prior_draws_what_its_density_says():
-    m = vae.VAE((1, 1, 4), (), 4, "gaussian", components=3)
-    m.log_std.data, m.logits.data, m.dec = 0.5 * torch.randn(4), torch.randn(3), nn.Identity()
-    d, s, z = torch.distributions, m.log_std.exp(), m.sample(100_000).flatten(1)
-    p = d.MixtureSameFamily(d.Categorical(None, m.logits), d.Independent(Normal(m.means * s, s), 1))
-    close(m.log_prior(z[None])[0] - 2 * math.log(2 * math.pi), p.log_prob(z), 1e-4)
-    close(torch.stack([z.mean(0), z.var(0)]), torch.stack([p.mean, p.variance]), 5e-2)
-def test_log_w_averages_to_the_bound_and_terms_have_their_shapes():
-    for name, m, inputs in models():
-        n, k = len(inputs[-1]), 4000
-        with torch.no_grad():
-            assert all(term.shape == (n,) for term in m(*inputs)), name
-            log_px, kl, log_w = m(*inputs, k=k)
-        low = kl.mean(0) if "mixture" in name else kl    # whose KL is estimated at the sample
-        assert log_px.shape == kl.shape == log_w.shape == (k, n) and (low > -1e-4).all(), name
-        difference = log_px - kl - log_w
-        assert (difference.mean(0).abs() < 6 * difference.std(0) / k**0.5 + 1e-4).all(), name
-        if getattr(m, "z_dim", 1) == 0:
-            assert kl.abs().max() == 0 and log_w.std(0).max() < 1e-4, name
-def test_linear_gaussian_bound_is_exact():
-    m = vae.VAE((1, 1, 5), hidden=(), z_dim=2, likelihood="gaussian", sigma=0.5).double()
-    w, b, x = [torch.randn(*size).double() for size in ((5, 2), (5,), (4, 1, 1, 5))]
-    w = torch.linalg.qr(w)[0] * torch.tensor([1.5, 0.7])    # orthogonal: a diagonal posterior
-    var = 1 / (1 + (w**2).sum(0) / 0.25)
-    m.dec[0].weight.data, m.dec[0].bias.data = w, b
-    m.enc[0].weight.data = torch.cat([var[:, None] * w.T / 0.25, torch.zeros(2, 5)])
-    m.enc[0].bias.data = torch.cat([-var * (w.T @ b) / 0.25, var.log()])
-    close(m(x)[2], MultivariateNormal(b, w @ w.T + torch.eye(5) / 4).log_prob(x.flatten(1)), 1e-9)
-total_probability = lambda m, *x, k=10_000: common.log_mean_exp(m(*x, k=k)[2].data).exp().sum()
-def test_probabilities_of_images_sum_to_one():
-    torch.manual_seed(1)
-    x, label = binary_images(4), torch.full((16,), 2)
-    given = torch.tensor([1.0, 0.0, -1.0, -1.0]).expand(4, 1, 1, 4)    # p(x_2, x_3 | x_0, x_1)
-    tests = [(vae.VAE((1, 1, 4), 8, z_dim=2), x),
-             (cvae.CVAE((1, 1, 4), "label", 2, hidden=8), x, label),
-             (cvae.CVAE((1, 1, 4), "quadrants", 2, hidden=8), x[:4].where(given < 0, given), given)]
-    for m, *_ in tests:
-        m.enc[-1].weight.data *= 0.3    # a q that importance sampling can work with
-    for _, m, inputs in draws((1, 1, 4), read_size=1, write_size=1, z_dim=2, hidden=4):
-        m.posterior.weight.data *= 0.5
-        tests.append((m, *(x, label)[:len(inputs)]))
-    for test in tests:
-        close(total_probability(*test), 1, 3e-2)
-    for m in ssl_models((1, 1, 4)):
-        for layer in [m.enc[-1], *([m.q_a[-1][-1], m.p_a[-1]] if m.auxiliary else [])]:
-            layer.weight.data *= 0.3
-        close(common.log_mean_exp(m.log_weights(x, 10_000)).exp().sum(), 1, 3e-2)
-def test_probabilities_of_sequences_sum_to_one():
-    torch.manual_seed(0)
-    at = torch.linspace(-16, 16, 641)
-    for mixtures, (likelihood, d) in itertools.product((1, 3), (("pen", 3), ("gaussian", 2))):
-        m = vrnn.VRNN(d, 2, likelihood, mixtures=mixtures, hidden=4, features=4)
-        x = nn.functional.pad(torch.cartesian_prod(at, at), (0, d - 2))
-        out = torch.randn(m.dec[-1].out_features)
-        p = [m.log_density(x + up * torch.eye(d)[-1], out).exp().sum() for up in range(d - 1)]
-        close(sum(p) * 0.05**2, 1, 1e-3)
-    x = binary_images(4).view(16, 2, 2).transpose(0, 1)    # every sequence of two steps of two
-    for z_dim, prior in ((2, "learned"), (2, "standard"), (0, "learned")):
-        m = vrnn.VRNN(2, z_dim, "bernoulli", prior, hidden=4, features=4)
-        close(total_probability(m, x, torch.full((16,), 2)), 1, 3e-2)
-    m, total = vrnn.VRNN(1, 0, "bernoulli", stop=True, hidden=4, features=4), 0
-    m.end.bias.data.fill_(2.0)    # all sequences but 1 in 30,000 end within five steps
-    for steps in range(1, 6):
-        x = binary_images(steps).view(-1, steps, 1).transpose(0, 1)
-        total += total_probability(m, x, torch.full((x.shape[1],), steps), k=1)
-    close(total, 1, 1e-3)
-def test_importance_weighted_bound_and_evaluate():
-    torch.manual_seed(0)
-    m, x = vae.VAE((1, 2, 3), 8, z_dim=2), torch.rand(50, 1, 2, 3).round()
-    m.dec[-1].weight.data *= 6
-    log_px, kl, log_w = m(x, 6000)
-    bounds = [common.log_mean_exp(log_w.view(k, -1, 50)).mean() for k in (1, 5, 50, 6000)]
-    assert abs(bounds[0] - (log_px - kl).mean()) < 0.02 and bounds[3] - bounds[0] > 0.05, bounds
-    assert all(b > a for a, b in zip(bounds, bounds[1:])), bounds
-    counting = mock.Mock(side_effect=m)
-    few, many, same = [common.evaluate(counting, x, samples=2000, rows=n) for n in (64, 4096, 4096)]
-    assert abs(few["nll"] - many["nll"]) < 0.01 and abs(few["neg_elbo"] - many["neg_elbo"]) < 0.1
-    assert many == same, "its noise is not always the same"
-    seen = [call.kwargs["k"] * len(call.args[0]) for call in counting.call_args_list]
-    assert sum(seen) == 3 * 2000 * 50 and max(seen) <= 4096
-def test_every_model_in_float64_and_bfloat16_and_at_extremes():
-    for name, m, inputs in models(ssl=True):
-        with no_noise():
-            single = m(*inputs)
-            twice = m(*[torch.cat([t, t], 1 if t.dim() == 3 else 0) for t in inputs])
-            thrice = twice if isinstance(m, Bounds) else m(*inputs, k=3)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                mixed = m(*inputs)
-                sum(t.sum() for t in mixed).backward()
-                assert math.isfinite(sample(m, inputs).numpy().sum()), name    # no bfloat16
-            m.double()
-            exact = [t.double() if t.is_floating_point() else t for t in inputs]
-            for a, two, k, b, c in zip(single, twice, thrice, mixed, m(*exact)):
-                close(two, a.repeat(2), 1e-4)
-                close(k.view(-1, len(a)), a.expand(k.numel() // len(a), -1), 1e-4)
-                assert (a - b).abs().max() < 0.5 + 0.05 * a.abs().max() and b.dtype == a.dtype, name
-                close(a, c, 1e-3)
-                assert c.dtype == sample(m, exact).dtype == torch.float64, name
-        named = m.float().named_parameters()
-        last = [p for n, p in named if re.search(r"^canvas|\bdec\..*bias", n)]
-        for logit, factor in ((1e4, 0), (-1e4, 0), (0, 1e3)):    # of data: silence, and far away
-            last[-1].data.fill_(logit)
-            if getattr(m, "likelihood", "") in ("gaussian", "pen"):
-                inputs[0][..., :2] *= factor
-            m.zero_grad()
-            terms = m(*inputs)
-            sum(t.sum() for t in terms).backward()
-            grads = [p.grad for p in m.parameters() if p.grad is not None]
-            assert all(t.isfinite().all() for t in (*terms, *grads, sample(m, inputs))), name
-def test_filterbank_has_the_centre_stride_and_variance_asked_for():
-    height, width, n = 40, 60, 5
-    params = torch.tensor([[0.1, -0.2, 1.4, -2.0, 0.3], [0.0, 0.0, 0.7, -2.5, -0.1]])
-    F_y, F_x, gamma = draw.filterbank(params, n, height, width)
-    close(gamma, params[:, 4:].exp())
-    i, delta = torch.arange(n) - (n - 1) / 2, (width - 1) / (n - 1) * params[:, 3:4].exp()
-    for filters, size, g in ((F_x, width, params[:, :1]), (F_y, height, params[:, 1:2])):
-        at = torch.arange(1.0, size + 1)    # the paper counts pixels from 1
-        mean = (filters * at).sum(2)
-        close(filters.sum(2), torch.ones(2, n))
-        close(mean, (size + 1) / 2 * (g + 1) + i * delta, 1e-3)
-        close((filters * (at - mean[:, :, None])**2).sum(2), params.exp()[:, [2] * n], 1e-2)
-    for extreme, n in itertools.product((1e4, -1e4), (1, 3)):    # off the image, or of no size
-        wild = torch.full((2, 5), extreme, requires_grad=True)
-        filters = draw.filterbank(wild, n, height, width)
-        sum((f**2).sum() for f in filters).backward()
-        assert all(f.isfinite().all() for f in (*filters, wild.grad))
-def test_draw_reads_and_writes_where_the_windows_are():
-    for channels in (1, 3):
-        m = draw.DRAW((channels, 6, 6), read_size=6, write_size=6, z_dim=2, hidden=4)
-        x, x_hat = torch.rand(2, 1, channels, 6, 6)
-        m.read_window.bias.data = torch.tensor([0.0, 0.0, -6.0, 0.0, 0.5])
-        m.write_window.bias.data, m.patch.bias.data = m.read_window.bias.data, x.flatten()
-        seen = m.read(x, x_hat, torch.zeros(1, 4))
-        close(seen.data, math.exp(0.5) * torch.cat([x, x_hat], 1).flatten(1), 1e-3)
-        close(m.write(torch.zeros(1, 4)).data, x * math.exp(-0.5), 1e-3)
-def test_draw_of_one_glimpse_without_attention_is_a_vae():
-    for name, m, (x, *given) in draws((1, 4, 5), (False,), glimpses=1):
-        seen = recorded(m, "posterior", "prior", "decoder", "patch")
-        log_px, kl, log_w = m(x, *given)
-        (mu, logvar), (mu_p, logvar_p) = [seen[n][0][1].chunk(2, 1) for n in ("posterior", "prior")]
-        q, p = Normal(mu, (0.5 * logvar).exp()), Normal(mu_p, (0.5 * logvar_p).exp())
-        p, z = p if "learned" in name else Normal(0.0, 1.0), seen["decoder"][0][0][0][:, :3]
-        logits = m.canvas + seen["patch"][0][1].view(x.shape)
-        close(log_px, Bernoulli(logits=logits).log_prob(x).sum((1, 2, 3)), 1e-4)
-        close(kl, kl_divergence(q, p).sum(1), 1e-4)
-        close(log_w, log_px + (p.log_prob(z) - q.log_prob(z)).sum(1), 1e-4)
-def test_draw_samples_by_the_prior_that_the_bound_uses():
-    normal = torch.randn_like
-    for name, m, inputs in draws(glimpses=3):
-        seen = recorded(m, "prior", "decoder")
-        with patched(torch, "randn_like", side_effect=normal) as drawing:
-            log_px, _, _ = m(*inputs)
-            zs, priors = [i[0][:, :3] for i, _ in seen["decoder"]], [p for _, p in seen["prior"]]
-            sample(m, inputs)
-        assert drawing.call_count == 6, f"{name}: steps share their noise"
-        assert m.sample(*inputs[1:] or [6], 0)[0].std(0).max() > 1e-3, "z_1 has no noise"
-        close(seen["decoder"][-1][0][0][:, :3], seen["prior"][-1][1][:, :3])    # but later ones
-        close(priors[0], priors[0][:1].expand(6, -1))    # p(z_1) is the same for every x
-        assert ((priors[2] - priors[2][0]).abs().max() > 1e-3) == ("learned" in name), name
-        seen["prior"].clear()
-        def noise(mu):    # such that sample() draws forward's z
-            mu_p, logvar_p = seen["prior"][-1][1].chunk(2, 1)
-            return (zs[len(seen["prior"]) - 1] - mu_p) / (0.5 * logvar_p).exp()
-        with patched(torch, "randn_like", noise):
-            canvases = sample(m, inputs)
-        close(Bernoulli(canvases[-1]).log_prob(inputs[0]).sum((1, 2, 3)), log_px, 1e-3)
-def test_draw_and_cdraw_share_their_attention_to_the_letter():
-    ours, theirs = [[inspect.getsource(f) for f in (m.filterbank, m.tiled_window, c.read, c.write)]
-                    for m, c in ((draw, draw.DRAW), (cdraw, cdraw.CDRAW))]
-    assert ours == theirs
-def test_vrnn_priors_see_the_past_alone_and_the_last_step_reaches_the_first():
-    for name, m, (x, _, y) in vrnns(stops=(False,)):
-        learned = m.prior_net is not None
-        seen = recorded(m, "dec", *(["prior_net"] if learned else []))
-        changed = torch.where(torch.arange(5)[:, None, None] == 2, 1 - x, x)
-        x.requires_grad_()
-        with no_noise():
-            for version in (x, changed):
-                m(version, torch.full((4,), 5), y)
-        before, after = [output for _, output in seen["prior_net" if learned else "dec"]]
-        close(before[:3 if learned else 2], after[:3 if learned else 2], 1e-6)
-        assert (before[3] - after[3]).abs().max() > 1e-4, name
-        seen["dec"][0][1][-1].sum().backward()
-        assert (x.grad[0].abs().sum(1) > 0).all(), name
-def test_padding_is_ignored():
-    def results(m, *inputs):
-        terms = m(*inputs)
-        return terms, torch.autograd.grad(sum(t.sum() for t in terms), [*m.parameters()],
-                                          allow_unused=True, materialize_grads=True)
-    for name, m, (x, lengths, y) in vrnns():
-        padded = torch.where(torch.arange(5)[:, None, None] < lengths[:, None], x, math.nan)
-        with no_noise():
-            terms, grads = results(m, x, lengths, y)
-            identical(results(m, padded, lengths, y), (terms, grads))
-            alone = [results(m, x[:n, [b]], lengths[[b]], y[[b]]) for b, n in enumerate(lengths)]
-        for term, *parts in zip(terms, *[one for one, _ in alone]):
-            close(torch.cat(parts), term, 1e-4)
-        for whole, *parts in zip(grads, *[one for _, one in alone]):
-            close(whole, sum(parts), 1e-3)
-def test_vrnn_draws_what_its_density_says_and_ends_by_itself():
-    torch.manual_seed(0)
-    m = vrnn.VRNN(3, 2, "pen", hidden=4, features=4)
-    out, r = torch.tensor([0.0, 1.0, -2.0, math.log(4.0), 0.0, 0.8, 1.0]), 0.99 * math.tanh(0.8)
-    m_3 = vrnn.VRNN(1, 2, "gaussian", mixtures=3, hidden=4, features=4)
-    shares = torch.tensor([0.5, 0.3, 0.2])
-    out_3 = torch.cat([shares.log(), torch.tensor([-9.0, 0.0, 9.0]), torch.zeros(3)])
-    for temperature in (1.0, 0.5):
-        x = m.draw(out.expand(50_000, -1), temperature)
-        close(x.mean(0), [1.0, -2.0, 1 / (1 + math.exp(-1 / temperature))], 3e-2)
-        close(torch.cov(x[:, :2].T) / temperature**2, [[4.0, 2 * r], [2 * r, 1.0]], 5e-2)
-        x, expected = m_3.draw(out_3.expand(50_000, -1), temperature), shares**(1 / temperature)
-        close(torch.histc(x, 3, -13.5, 13.5) / len(x), expected / expected.sum(), 1e-2)
-    for name, m, _ in vrnns():
-        if m.end is not None:
-            m.end.bias.data.fill_(-0.7)
-        seen = recorded(m, "phi_z")["phi_z"]
-        x, lengths = m.sample(6, y=torch.arange(300) % 3, z_temperature=0.0)
-        assert m.prior_net or not seen[0][0][0].any(), "z is not the prior's mean"
-        assert (x[torch.arange(6)[:, None] >= lengths] == 0).all() and x.isfinite().all(), name
-        assert len(lengths.unique()) == (1 if m.end is None else 6) and lengths.max() == 6, name
-def test_m2_sum_over_y_is_the_brute_force():
-    x = torch.rand(6, 1, 4, 4).round()
-    with no_noise(), torch.no_grad():
-        for m in ssl_models():
-            log_q = m.classify(x).log_softmax(1)
-            bounds = torch.stack([m.labelled_bound(x, torch.full((6,), c)) for c in range(3)], 1)
-            close(m.unlabelled_bound(x), (log_q.exp() * (bounds - log_q)).sum(1), 1e-4)
-            m.head.bias[1] += 1e4    # q(y|x) is one-hot: U becomes L
-            close(m.unlabelled_bound(x), bounds[:, 1], 1e-4)
-def test_m2_bounds_are_bounds():
-    x = binary_images(4).repeat(400, 1, 1, 1)
-    for m in ssl_models((1, 1, 4)):
-        for layer in [m.enc[-1], m.dec[-1], *([m.q_a[-1][-1], m.p_a[-1]] if m.auxiliary else [])]:
-            layer.weight.data *= 0.1    # q close to the posterior, so that a term too many shows
-        bounds = [m.labelled_bound(x, torch.full((len(x),), c)) for c in range(3)]
-        bounds = [b.data.view(400, 16) for b in (*bounds, m.unlabelled_bound(x))]
-        *each, u = [b.mean(0).exp().sum() for b in bounds]
-        assert 0.2 < u < 1.01 and 0.2 < sum(each) < 1.01, (u, each)
-def test_labels_are_n_balanced_and_the_only_ones_that_are_used():
-    x, y = [t[:200] for t in glyphs()]
-    chosen, again, other = [ssl_vae.choose_labels(y, 20, seed) for seed in (4, 4, 5)]
-    assert len(chosen.unique()) == 20 and (torch.bincount(y[chosen]) == 2).all()
-    assert torch.equal(chosen, again) and not torch.equal(chosen, other)
-    hidden = torch.ones(200, dtype=torch.bool).index_fill(0, chosen, False)
-    wrong = y.masked_scatter(hidden, y[hidden].flip(0))
-    with folder(), patched(ssl_vae, "choose_labels", lambda *_: chosen):
-        for name, labels in (("a", y), ("b", wrong)):
-            given = lambda args: SimpleNamespace(**vars(tiny_images(args)) | {"train": (x, labels)})
-            train("ssl_vae", f"--epochs 1 --out-dir {name}", given)
-        assert_equal_runs("a", "b")
-        labels = labels.clamp(max=8)
-        assert "class 9 has no" in outcome("ssl_vae", "", given)[1]
-def test_the_condition_is_used():
-    x, y = common.binarise(glyphs()[0], seed=0), glyphs()[1]
-    for m in cvae.CVAE(hidden=64, z_dim=6), cdraw.CDRAW(glimpses=3, hidden=32, z_dim=6):
-        optimizer = torch.optim.Adam(m.parameters(), 3e-3)
-        for a, b in 6 * [*zip(x[:2000].split(100), y[:2000].split(100))]:
-            log_px, kl, _ = m(a, b)
-            optimizer.zero_grad()
-            (kl - log_px).mean().backward()
-            optimizer.step()
-        right, wrong = [common.evaluate(m, x[2000:], y[2000:].roll(n))["neg_elbo"] for n in (0, 7)]
-        assert wrong > right + 1, (type(m), right, wrong)
-def test_hidden_pixels_stay_hidden_and_observed_ones_come_back():
-    a = torch.rand(6, 1, 5, 7).round()
-    for quadrants, channels in itertools.product((1, 2, 3), (None, (2, 3))):
-        y, m = cvae.hide(a, quadrants), cvae.CVAE((1, 5, 7), "quadrants", 3, 10, 8, channels)
-        b = torch.where(y < 0, 1 - a, a)    # differs in every hidden pixel
-        assert torch.equal(y, cvae.hide(b, quadrants))
-        assert torch.equal(m.sample(y)[y >= 0], a[y >= 0])
-        with no_noise():    # log p counts hidden pixels only
-            logits = m.decode(m.posterior(a, m.features(y))[0], m.features(y))
-            each = Bernoulli(logits=logits).log_prob(a.flatten(1)) * (y.flatten(1) < 0)
-            close(m(a, y)[0], each.sum(1), 1e-4)
-def test_augmentation_keeps_the_picture():
-    x = nn.functional.pad(torch.ones(500, 1, 12, 4), (12, 12, 8, 8))
-    theta = ssl_vae.random_affine(len(x))
-    mass = ssl_vae.warp(x, theta).sum((1, 2, 3)) * theta[:, :, :2].det()
-    assert ((mass / 48 - 1).abs() < 0.15).all()
-    assert theta.std(0).min() > 0.03 and theta[:, :, 2].abs().max() <= 0.1
-def assert_equal_runs(a, b):    # checkpoints, logs but for times, and test figures, to the bit
-    runs = []
-    for name in (a, b):
-        state, results = load(f"{name}/checkpoint.pt"), json.load(open(f"{name}/results.json"))
-        rows = csv.DictReader(Path(name, "log.csv").read_text().splitlines())
-        log = [[float(v) for k, v in r.items() if "second" not in k and k != "best"] for r in rows]
-        runs.append([[state[k] for k in ("model", "weights", "average", "optimizer")], log,
-                     {k: v for k, v in results.items() if k[:5] == "test_"}])
-    identical(*runs, equal_nan=True)
-def test_resume_at_an_epochs_end_is_exact():
-    for script in SCRIPTS:
-        with folder():
-            train(script, "--epochs 4 --out-dir whole")
-            train(script, "--epochs 2 --out-dir parts")
-            train(script, "--epochs 4 --resume parts")
-            assert_equal_runs("whole", "parts")
-            for r in load("parts/checkpoint.pt")["rows"] if script == "cvae" else []:    # warm-up
-                close(r["train_loss"], r["train_rec"] + min(1, r["epoch"] / 3) * r["train_kl"])
-            train(script, "--epochs 0 --resume parts --out-dir only")    # evaluates best.pt
-            a, b = [json.load(open(f"{name}/results.json")) for name in ("parts", "only")]
-            assert a["test_neg_elbo"] == b["test_neg_elbo"], script
-def test_resume_overwrites_no_results_and_mixes_no_data():
-    with folder():
-        train("vae", "--epochs 1 --out-dir a")
-        results = Path("a/results.json").read_bytes()
-        train("vae", "--epochs 0 --resume a/checkpoint.pt --test-samples 2")
-        assert Path("a/results.json").read_bytes() == results and Path("out/vae-1").exists()
-        with patched(common, "evaluate", lambda *_, **__: {"neg_elbo": 1e9}):
-            train("vae", "--epochs 2 --resume a --out-dir b")    # no epoch of b is the best
-        identical(load("b/best.pt")["model"], load("a/best.pt")["model"])
-        fewer, notes = lambda a: [tiny_images(a), a.run.about.update(classes=[])][0], []
-        with patched(common.Run, "finish", lambda run, _: notes.append(run.args.run.note)):
-            train("vae", "--epochs 3 --resume b")
-            train("vae", "--epochs 3 --resume b", fewer)
-        assert not notes[0] and "classes changed" in notes[1], notes
-        other = lambda _: tiny_images(data_args("x"))    # leaves --dataset as it is
-        assert "trained on glyphs" in outcome("vae", "--resume b --dataset mnist", other)[1]
+    return status or 0, out.getvalue(), err.getvalue()
+
+
+def child(script, flags):
+    """What a process of `start` does."""
+    status, _, _ = run(script, flags)
+    sys.exit(status)
+
+
 def start(script, flags):
+    """Run a script in a process of its own, which need not import torch again."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*SCRIPTS, "torchvision.utils", "matplotlib.figure"])
-    process = context.Process(target=train, args=(script, flags))
+    context.set_forkserver_preload(list(SCRIPTS))
+    process = context.Process(target=child, args=(script, flags))
     process.start()
     return process
-def test_kill_at_any_moment_loses_nothing():
-    kills = int(os.environ.get("SEQVAE_KILLS", 0))
-    for script in SCRIPTS if kills else random.sample(SCRIPTS, 1):
-        with folder():
-            began, killed, status = time.time(), 0, 0
-            start(script, "--epochs 4 --out-dir whole").join()
-            seconds = time.time() - began
-            while killed < max(kills, 1) or status != 0:
-                flags = "--resume parts"
-                if status == 0 or not Path("parts/checkpoint.pt").exists():
-                    shutil.rmtree("parts", ignore_errors=True)
-                    flags = "--epochs 4 --out-dir parts"
-                run = start(script, flags)
-                run.join(seconds * random.random() if killed < max(kills, 1) else None)
-                run.kill()
-                run.join()
-                status, killed = run.exitcode, killed + (run.exitcode == -signal.SIGKILL)
-                assert status in (0, -signal.SIGKILL), script
-                assert all(map(load, Path("parts").glob("*.pt"))), "a checkpoint is broken"
-            assert_equal_runs("whole", "parts")
-def test_a_full_disk_or_a_loss_that_is_not_finite_loses_nothing():
-    with folder():
-        train("vae", "--epochs 1 --out-dir old")
-        before = {p: p.read_bytes() for p in Path("old").glob("*.pt")}
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))    # bytes in a file
-        full = outcome("vae", "--resume old --epochs 2")
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        wild = outcome("vae", "--resume old --epochs 3 --lr 1e18")
-        for (status, error), text in ((full, "File too large"), (wild, "not finite")):
-            assert status == 2 and error.count("\n") == 1 and text in error, error
-        assert len(before) == 2 and all(p.read_bytes() == text for p, text in before.items())
-        assert "--resume old" in wild[1], f"the last good checkpoint is not named: {wild[1]}"
-def test_ctrl_c_says_how_to_resume_and_a_terminal_sees_a_live_line():
-    signal.signal(signal.SIGINT, signal.default_int_handler)    # below nohup it would be ignored
-    flags = "--dataset glyphs --hidden 8 --z-dim 2 --batch-size 2000 --epochs 999 --device cpu"
-    def interrupted(name, signals):
-        terminal, end = pty.openpty()
-        run, said, began = run_script("vae", f"{flags} --out-dir {name}", stdout=end), "", 0
-        os.close(end)
-        with contextlib.suppress(OSError):    # which the terminal raises when its process has ended
-            while True:
-                said += os.read(terminal, 65536).decode()
-                for _ in range(0 if began or "epoch 2, step" not in said else signals):
-                    began = time.time()
-                    run.send_signal(signal.SIGINT)
-                    time.sleep(0.02)
-        return run.wait(), said, time.time() - began
-    with folder(), multiprocessing.pool.ThreadPool(2) as pool:
-        (once, said, _), (twice, _, seconds) = pool.starmap(interrupted, (("a", 1), ("b", 2)))
-    assert once == 130 and "Traceback" not in said and "--resume a" in said.splitlines()[-1], said
-    assert re.search(r"epoch 1, step 1 of 10, loss \d+.*, \d+ s left \r", said), said
-    assert twice in (130, -signal.SIGINT) and seconds < 20, (twice, seconds)
-def test_runs_have_folders_of_their_own_and_nan_is_not_the_best():
-    values = iter([3.0, math.nan, 2.0, 4.0])
-    with folder():
-        Path("out/vae-2").mkdir(parents=True)    # of a run that has just begun
-        for flags in ("", "", "--seed 1"):
-            train("vae", f"--epochs 1 {flags}")
-        assert not any(Path("out/vae-2").iterdir())
-        assert_equal_runs("out/vae-1", "out/vae-3")
-        one, other = [load(f"out/vae-{i}/checkpoint.pt")["weights"]["enc.0.bias"] for i in (1, 4)]
-        assert not torch.equal(one, other)
-        with patched(common, "binarise", side_effect=common.binarise) as binarise, \
-                patched(common, "evaluate", lambda *_, **__: {"neg_elbo": next(values, 5.0)}):
-            [train(s, f"--epochs 4 --out-dir {s} --binarise fixed") for s in ("vae", "draw")]
-        assert len(load("vae/best.pt")["rows"]) == 3
-        new = [x for (x, *seed), kw in binarise.call_args_list if [kw, *seed] in ([{}], [{}, None])]
-        assert [x.unique().tolist() for x in new] == 32 * [[0, 255]], "fixed pixels are not fixed"
-def test_the_test_split_is_touched_after_the_best_model_is_chosen():
-    class Guarded(SimpleNamespace):
-        def __getattribute__(self, name):
-            events.append(name)
-            return super().__getattribute__(name)
-    best_model = common.Run.best_model
-    for script in SCRIPTS:
-        events = []
-        with folder(), patched(common.Run, "best_model",
-                               lambda run: events.append("chosen") or best_model(run)), \
-                patched(vrnn, "read_data", lambda args: Guarded(**vars(read_data(args)))):
-            train(script, "--epochs 1", lambda args: Guarded(**vars(tiny_images(args))))
-        assert "test" not in events[:events.index("chosen")] and "test" in events, script
-def one_of_two():    # what each process of the next test does
-    share, seen = common.share_gradients, []
-    def share_gradients(model, args):
-        for step in (lambda *_: None, share):
-            step(model, args)
-            seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-        seen.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    with patched(common, "share_gradients", share_gradients):
-        train("vae", "--epochs 2 --channels 2 3 --out-dir run")
-    torch.save(seen, f"rank{os.environ['RANK']}.pt")
-def test_two_processes_share_gradients_and_nothing_else():
-    with folder():
-        Path("two.py").write_text("import test_all\ntest_all.one_of_two()\n")
-        command = "-m torch.distributed.run --standalone --nproc-per-node=2 two.py".split()
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True,
-                              env={**os.environ, "PYTHONPATH": str(HERE)})
-        assert done.returncode == 0 and Path("run/results.json").exists(), done.stderr
-        a, b = load("rank0.pt"), load("rank1.pt")    # own gradient, mean, weights; of each step
-    identical((a[1::3], a[2::3]), (b[1::3], b[2::3]))
-    for g, h, mean in zip(a[::3], b[::3], a[1::3]):
-        close(mean, (g + h) / 2)
-    parts, noise = [], [a[0], b[0]]
-    for rank in (0, 1):
-        args = SimpleNamespace(seed=0, batch_size=50, run=SimpleNamespace(rank=rank, world=2))
-        parts += common.epoch_order(args, 3, 200).flatten().tolist()
-        noise.append(torch.rand(9))
-    assert sorted(parts) == list(range(200)), "a batch is not divided between the processes"
-    assert not torch.equal(*noise[:2]) and not torch.equal(*noise[2:]), "both draw the same noise"
-PATHS = {"vae": ["", "--likelihood gaussian --z-dim 2", "--channels 2 3 --iw 3 --components 3"],
-         "cvae": ["", "--condition quadrants --quadrants 2 --channels 2 3",
-                  "--condition quadrants --z-dim 0"],
-         "ssl_vae": ["", "--auxiliary --no-augment", "--supervised-only"],
-         **dict.fromkeys(("draw", "cdraw"), ["", "--no-attention --prior standard",
-                                             "--read-size 1 --write-size 28 --temperature 0"]),
-         "vrnn": ["", "--conditional --digits 27", "--prior standard --temperature 2", "--z-dim 0"]}
-def run_script(script, flags, **options):
-    return subprocess.Popen([sys.executable, HERE / f"{script}.py", *flags.split()], **options)
-def test_every_script_and_path_as_a_user_runs_it():
-    scripts = {p.stem for p in HERE.glob("*.py")} - {"common", "test_all"}
-    assert scripts == set(PATHS) == set(SCRIPTS), "a script without a test"
-    needed = "script dataset args params epochs seconds examples_per_second torch test_neg_elbo " \
-             "test_nll test_samples"
-    left = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}    # changes nothing
-    def first(script):
-        run = run_script(script, f"--dry-run --dataset glyphs --out-dir {script}0", env=left,
-                         text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        return run.communicate()[1], run.returncode
-    with folder(), multiprocessing.pool.ThreadPool(2) as pool:
-        for (script, paths), (error, status) in zip(PATHS.items(), pool.imap(first, PATHS)):
-            assert status == 0, error
-            for i, path in enumerate(paths):
-                out = f"{script}{i}"
-                if i:    # in this process: importing torch is slow
-                    train(script, f"{path} --dry-run --out-dir {script}{i}")
-                if "quadrants" not in path:
-                    with patched(vrnn, "read_data", None):    # samples need no data
-                        train(script, f"--resume {out} --sample 12 --out-dir s/{out}", None)
-                    assert Path(f"s/{out}/samples.png").stat().st_size > 0, out
-                own = {"vae": ["interpolation.png", "places.png"][i % 2], "draw": "drawing.gif",
-                       "cdraw": "drawing.gif", "ssl_vae": "analogies.png"}.get(script, "log.csv")
-                for name in (*"checkpoint.pt best.pt log.csv curve.png samples.png".split(), own):
-                    assert Path(f"{script}{i}", name).stat().st_size > 0, (script, name)
-                result = json.load(open(f"{script}{i}/results.json"))
-                assert not set(needed.split()) - set(result) and result["epochs"] == 1, script
-                assert script != "ssl_vae" or 0 <= result["test_error"] + result["val_error"] <= 200
-def test_help_and_misspelt_flags_answer_at_once():
-    for script in SCRIPTS:
-        actions = importlib.import_module(script).flags()._actions
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        for flag in ("--epoch=3", "--help"):    # before torch is imported, which takes seconds
-            done = subprocess.run([sys.executable, "-X", "importtime", HERE / f"{script}.py", flag],
-                                  capture_output=True, text=True)
-            assert "argparse\n" in done.stderr and not re.search(r" torch\n", done.stderr), script
-            assert flag == "--help" or done.returncode == 2 and "error: unrecog" in done.stderr
-        assert len(actions) <= 23 and all(a.option_strings[-1] in done.stdout for a in actions)
-        assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before.ru_utime < 3, script
-def test_without_network_and_data_it_says_not_mnist():
-    with folder() as here:
-        env = {**os.environ, **dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")}
-        run = run_script("vrnn", f"--dry-run --data-dir {here}/d", stdout=subprocess.PIPE, env=env)
-        lines = run.communicate()[0].decode().strip().splitlines()
-        assert run.returncode == 0 and "NOT MNIST" in lines[0] and "NOT MNIST" in lines[-1], lines
-        assert os.listdir() == ["out"], "an empty data folder is left"
-def test_a_copied_class_needs_torch_alone():
-    import torch._dynamo    # or the block of sys.modules below would make torch import it twice
-    x, y = (torch.rand(4, 1, 28, 28) < 0.1).float(), torch.arange(4)
-    inputs = dict.fromkeys(("cvae", "cdraw", "ssl_vae"), (x, y))
-    inputs["vrnn"] = x[:, 0].transpose(0, 1), torch.full((4,), 28)
-    for script in SCRIPTS:
-        text, content = (HERE / f"{script}.py").read_text(), {"__name__": "copied"}
-        assert not re.search(rf"^\s*(import|from) .*\b({'|'.join(SCRIPTS)})\b", text, re.M), script
-        tree = ast.parse(text)
-        tree.body = [n for n in tree.body if getattr(n, "name", "") not in ("main", "flags")]
-        with mock.patch.dict(sys.modules, dict.fromkeys(("common", "torchvision", "matplotlib"))):
-            exec(compile(tree, script, "exec"), content)
-            m, losses = content[script.upper().replace("_", "")](), []
-            m, given = Bounds(m) if script == "ssl_vae" else m, inputs.get(script, (x,))
-            optimizer = torch.optim.Adam(m.parameters(), 5e-3)
-            for _ in range(12):
-                losses.append(-m(*given)[2].mean())
-                optimizer.zero_grad()
-                losses[-1].backward()
-                optimizer.step()
-            assert min(losses[6:]) < losses[0] - 3, (script, losses)
-            drawn = m.sample(6, 4)[0] if script == "vrnn" else m.sample(*given[1:] or [4])
-            assert not drawn.requires_grad and drawn.shape[-1] == 28, script
-# script | flags; flags | what the line must say, if not the name of the last flag
-BAD = """vae | --epochs -1; --epochs 1.5; --batch-size 0; --lr 0; --lr nan; --lr fast; --seed -3
-vae | --z-dim 0; --hidden 0; --channels 3; --test-samples 0; --likelihood x; --dataset x; --nonsense
-vae | --iw 0; --device abacus; --device cuda:99; --resume none.pt; --resume run/log.csv; --resume ~x
-vae | --resume cut.pt; --resume dict.pt; --resume code.pt; --out-dir run; --out-dir empty
-vae | --out-dir cut.pt/deep | Not a directory
-vae | --resume run --z-dim 7 | 'z_dim': 4
-vae | --data-dir bad --dataset mnist; --data-dir bad | bad/MNIST
-cvae | --quadrants 4; --z-dim -1; --condition text; --resume run; --channels 2 0; --warm-up 0
-ssl_vae | --labels 0; --labels 7; --labels 60000; --alpha -1; --resume run; --resume ''
-draw | --glimpses 0; --read-size 0; --prior flat; --resume run; --device meta
-cdraw | --write-size 0; --glimpses two; --resume run; --classes 1 x; --classes 10 11x; --classes ''
-vrnn | --sample 3; --sample 3 --conditional | needs --resume
-vrnn | --temperature 0; --mixtures 0; --resume run; --dataset wav --data-dir wavs --conditional
-vrnn | --digits 12; --conditional --digits x; --conditional --digits '' | --classes needs
-vrnn | --dataset wav --data-dir none | none: 
-vrnn | --dataset wav --data-dir bad | bad.wav: not a WAV file: EOFError(); try ffmpeg -i bad/bad.wav
-vrnn | --dataset wav --data-dir long | long.wav: 400001 samples
-vrnn | --dataset iam-ondb --data-dir none | registered
-vrnn | --dataset iam-ondb --data-dir bad | not a file of strokes
-vrnn | --dataset ndjson --data-dir bad | bad/a.ndjson: line 1 is no drawing: KeyError('drawing')
-vrnn | --dataset pendigits --data-dir bad | pendigits-orig.tra.Z: damaged"""
-def test_bad_input_gets_one_line_and_status_2():
-    with folder() as here:
-        train("vae", "--epochs 1 --out-dir run")
-        [os.makedirs(p) for p in ("empty", "bad/pendigits", "bad/MNIST/raw", "bad/lineStrokes")]
-        for part, kind in itertools.product(("train", "t10k"), ("images-idx3", "labels-idx1")):
-            Path(f"bad/MNIST/raw/{part}-{kind}-ubyte").write_bytes(b"\0\0\x08\x03not an image")
-        Path("bad/pendigits/pendigits-orig.tra.Z").write_bytes(b"\x1f\x9d\x90short")
-        for name, text in (("bad.wav", "?"), ("a.ndjson", "{}"), ("lineStrokes/a.xml", "<a><b")):
-            Path("bad", name).write_text(text)
-        for name, content in (("dict.pt", {"x": 1}), ("code.pt", SimpleNamespace(script="vae"))):
-            torch.save(content, name)
-        Path("cut.pt").write_bytes(Path("run/best.pt").read_bytes()[:1000])
-        wav_file("long/long.wav", 400_001)
-        [wav_file(f"wavs/{i}.wav", 900) for i in range(30)]
-        files, real = {p: p.is_file() and p.read_bytes() for p in here.rglob("*")}, common.images
-        for line in BAD.splitlines():
-            script, many, *text = line.split(" | ")
-            for flags in many.split("; "):
-                status, error = outcome(script, flags, real if "bad" in flags else tiny_images)
-                assert status == 2 and "Traceback" not in error, (script, flags, status, error)
-                last, expected = error.splitlines()[-1], text or re.findall("--[a-z-]+", flags)
-                assert expected[-1] in last and last.startswith(f"{script}.py: "), (flags, error)
-        assert files == {p: p.is_file() and p.read_bytes() for p in here.rglob("*")}
-def data_args(dataset, data_dir="none"):
-    return SimpleNamespace(**locals(), image_size=20, batch_size=9, device="cpu", conditional=True,
-                           dry_run=False, run=SimpleNamespace(note="", saved=None))
-def sizes(d):
-    return [len(p.lengths if hasattr(p, "lengths") else p[0]) for p in (d.train, d.valid, d.test)]
-def test_download_tries_every_mirror_and_is_checked():
-    from torchvision.datasets import MNIST
-    files, sums, many = {}, [], [torch.cat([t] * 10) for t in glyphs()]
-    for part, n in (("train", 5100), ("t10k", 50)):
-        images = struct.pack(">4i", 2051, n, 28, 28) + bytes(n * 784)
-        labels = struct.pack(">2i", 2049, n) + bytes(i % 10 for i in range(n))
-        for name, content in ((f"{part}-images-idx3-ubyte.gz", gzip.compress(images, 1)),
-                              (f"{part}-labels-idx1-ubyte.gz", gzip.compress(labels, 1))):
-            sums.append((name, hashlib.md5(content).hexdigest()))
-            files.update({f"good/{name}": content, f"bad/{name}": content[:-9]})
-    with folder(), patched(MNIST, "resources", sums), contextlib.redirect_stderr(io.StringIO()), \
-            patched(common, "glyph_images", lambda n: many):
-        for name, content in files.items():
-            Path(name).parent.mkdir(exist_ok=True)
-            Path(name).write_bytes(content)
-        server = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        with patched(MNIST, "mirrors", ["http://127.0.0.1:9/", f"{url}/good/"]):
-            data = common.images(data_args(None, "one"))
-            assert sizes(data) == [100, 5000, 50] and data.train[1][1] == data.valid[1][1] == 1
-        with patched(MNIST, "mirrors", [f"{url}/bad/"]), raises(SystemExit, "2"):
-            common.images(data_args("mnist", "two"))
-        with patched(MNIST, "mirrors", ["http://127.0.0.1:9/"]):    # what is there needs no network
-            assert sizes(common.images(data_args("mnist", "one"))) == [100, 5000, 50]
-            assert sizes(common.images(data_args(None, "three"))) == [20_000, 2000, 2000]
-            assert not Path("three").exists()
-def test_glyphs_are_digits_seeded_and_varied_and_binarised():
-    x, y = glyphs()
-    identical(draw_glyphs(300), draw_glyphs(300))
-    distance = torch.cdist(x[2000:].float().flatten(1), x[:2000].float().flatten(1))
-    assert (y[distance.argmin(1)] == y[2000:]).float().mean() > 0.7 and distance.min() > 0
-    with patched(vrnn, "glyph_strokes", tiny_strokes):
-        data = vrnn.read_data(data_args("glyphs"))
-    x = data.train.frames[:, None].expand(-1, 900, -1)    # in training, changed by 900 matrices
-    noisy = vrnn.prepare(x, data)    # no move is always zero, or density explodes
-    assert data.unit > 0 and (noisy[:, 0, :2] != 0).all() and sizes(data) == [100, 30, 40]
-    change = (x[:, 0, :2].pinverse() @ noisy.transpose(0, 1)[..., :2] - torch.eye(2)).flatten(1)
-    assert torch.equal(noisy[..., 2], x[..., 2]) and len(data.classes) == 10
-    close(change.T @ change / 900, 0.15**2 * torch.eye(4), 6e-3)
-    x = torch.tensor([0, 64, 255], dtype=torch.uint8).expand(20_000, 3)
-    identical(*[(vrnn.prepare(data.valid.frames, data, 1), common.binarise(x, 1)) for _ in "12"])
-    assert not torch.equal(common.binarise(x), common.binarise(x))
-    assert (common.binarise(x).mean(0) - torch.tensor([0, 64 / 255, 1])).abs().max() < 0.02
-def test_own_images_are_made_grey_and_square_and_split_by_name():
-    from torchvision import io as images, transforms
-    real, args, before = common.images, data_args("folder", "in"), [set(), set(), set()]
-    with folder():
-        wav_file("in/.cache/a/b.png", 9)    # no image, and no class
-        os.makedirs("in/.empty")
-        for i in range(120):
-            path = Path("in", ("12", "o k", "\u00e9\udce9")[i % 3])    # the last is no UTF-8
-            path.mkdir(parents=True, exist_ok=True)
-            image = torch.full((1 + i % 2 * 2, 32, 32 + i % 3 * 16), i).byte()
-            transforms.ToPILImage()(image).save(path / f"{i}.{'png' if i % 4 else 'jpg'}")
-            if i in (89, 119):    # more files move none from one part to another
-                data = real(args)
-                parts = [(x[:, 0, 3, 17], y) for x, y in (data.train, data.valid, data.test)]
-                now = [set(value.tolist()) for value, _ in parts]
-                assert all(a <= b for a, b in zip(before, now)) and sum(sizes(data)) == i + 1
-                assert all(torch.equal(value % 3, y) for value, y in parts), "wrong classes"
-                before = now
+
+
+def popen(script, flags, **options):
+    """Start a script as its users do."""
+    return subprocess.Popen([sys.executable, HERE / f"{script}.py", *shlex.split(flags)], **options)
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def results(folder):
+    return json.loads(Path(folder, "results.json").read_text())
+
+
+def contents():
+    """The bytes of every file below the current folder; None for a folder."""
+    found = {}
+    for path in Path().rglob("*"):
+        found[path] = None
+        if path.is_file():
+            found[path] = path.read_bytes()
+    return found
+
+
+def no_noise():
+    """All Gaussian noise is zero."""
+    return mock.patch.multiple(torch, randn=torch.zeros, randn_like=torch.zeros_like)
+
+
+def normal(mu, logvar):
+    return Normal(mu, (0.5 * logvar).exp())
+
+
+def recorded(model, *names):
+    """Lists of (inputs, output) of submodules, which fill when the model is called."""
+
+    def record(module, inputs, out):
+        for name in seen:
+            if module is getattr(model, name):
+                seen[name].append((inputs, out))
+
+    seen = {name: [] for name in names}
+    for name in seen:
+        getattr(model, name).register_forward_hook(record)
+    return seen
+
+
+def fit(model, inputs, steps):
+    """Train a model on the bound of (..., log_w): its losses."""
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+    losses = []
+    for _ in range(steps):
+        loss = -model(*inputs)[2].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def binary_images(n):
+    """All images (2**n, 1, 1, n) of n black or white pixels."""
+    pixels = torch.cartesian_prod(*n * [torch.tensor([0.0, 1.0])])
+    return pixels.view(-1, 1, 1, n)
+
+
+def total_probability(model, *inputs, k=10_000):
+    """The sum of p(x) over a batch, by importance sampling."""
+    with torch.no_grad():
+        _, _, log_w = model(*inputs, k=k)
+    return common.log_mean_exp(log_w).exp().sum().item()
+
+
+# ---------------------------------------------------------------------------
+# what all models do
+
+
+class ModelTests:
+    """`models` yields, for every code path: a name, a small model and its inputs, x first."""
+
+    def draw(self, model, inputs):
+        return model.sample(*inputs[1:] or [6])
+
+    def test_examples_are_independent(self):
+        """Terms are sums per example: a batch that comes twice changes none of them."""
+        for name, model, inputs in self.models():
+            with self.subTest(name), no_noise():
+                twice = []
+                for tensor in inputs:
+                    dim = 1 if tensor.dim() == 3 else 0  # sequences are (T, B, D)
+                    twice.append(torch.cat([tensor, tensor], dim))
+                for one, two in zip(model(*inputs), model(*twice), strict=True):
+                    self.assertEqual(one.dim(), 1)
+                    self.assert_close(two, one.repeat(2), 1e-4)
+
+    def test_float64_and_bfloat16_agree_with_float32(self):
+        """Terms and samples have the type of the weights, also under autocast."""
+        for name, model, inputs in self.models():
+            with self.subTest(name), no_noise():
+                single = model(*inputs)
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    mixed = model(*inputs)
+                    sum(term.sum() for term in mixed).backward()
+                    self.assertEqual(self.draw(model, inputs).dtype, torch.float32)
+                model.double()
+                inputs = [t.double() if t.is_floating_point() else t for t in inputs]
+                double = model(*inputs)
+                self.assertEqual(self.draw(model, inputs).dtype, torch.float64)
+                for a, b, c in zip(single, mixed, double, strict=True):
+                    self.assertEqual((b.dtype, c.dtype), (torch.float32, torch.float64))
+                    self.assert_close(a, b, 0.05)
+                    self.assert_close(a, c, 1e-3)
+
+    def test_extremes_stay_finite(self):
+        """Certain decoders, silence and distant data give finite terms and gradients."""
+        for name, model, (x, *others) in self.models():
+            biases = [p for n, p in model.named_parameters() if re.search(r"^c_0|\bdec\..*bias", n)]
+            for logit, factor in ((1e4, 0), (-1e4, 0), (0, 1e3)):  # data: silence, and far away
+                with self.subTest(name, logit=logit):
+                    biases[-1].data.fill_(logit)
+                    if getattr(model, "likelihood", "bernoulli") != "bernoulli":
+                        x[..., :2] *= factor
+                    model.zero_grad()
+                    terms = model(x, *others)
+                    sum(term.sum() for term in terms).backward()
+                    grads = [p.grad for p in model.parameters() if p.grad is not None]
+                    for values in (*terms, *grads, self.draw(model, (x, *others))):
+                        self.assertTrue(values.isfinite().all(), values)
+
+    def test_wrong_images_are_refused(self):
+        """Integers, another shape, and pixels up to 255."""
+        for name, model, (x, *others) in self.models():
+            wrong = [("floats", x.long()), ("floats", x[..., 1:])]
+            if getattr(model, "likelihood", "bernoulli") == "bernoulli":
+                wrong.append(("255", 255 * x))
+            for expected, value in wrong:
+                with self.subTest(name), self.assertRaisesRegex(ValueError, expected):
+                    model(value, *others)
+
+
+class BoundTests(ModelTests):
+    """What models do that return log_px, kl and log_w."""
+
+    def test_terms_have_their_shapes_and_log_w_averages_to_the_bound(self):
+        """The analytic KL against Monte Carlo: log_w is an unbiased estimate of log_px - kl."""
+        k = 4000
+        for name, model, inputs in self.models():
+            with self.subTest(name), torch.no_grad():
+                n = len(inputs[-1])
+                for term in model(*inputs):
+                    self.assertEqual(term.shape, (n,))
+                log_px, kl, log_w = model(*inputs, k=k)
+                for term in (log_px, kl, log_w):
+                    self.assertEqual(term.shape, (k, n))
+                self.assertGreater(kl.mean(0).min(), -1e-4)
+                difference = log_px - kl - log_w
+                distance = difference.mean(0).abs()
+                error = difference.std(0) / k**0.5
+                self.assertLess((distance - 6 * error).max(), 1e-4)
+                if getattr(model, "z_dim", 1) == 0:  # no latents
+                    self.assertEqual(kl.abs().max(), 0)
+                    self.assertLess(log_w.std(0).max(), 1e-4)
+
+    def test_k_below_one_is_refused(self):
+        """k=0 is not taken for no k."""
+        for name, model, inputs in self.models():
+            for k in (0, -1):
+                with self.subTest(name), self.assertRaisesRegex(ValueError, f"^k is .*{k}$"):
+                    model(*inputs, k=k)
+
+
+# ---------------------------------------------------------------------------
+# common.py
+
+
+def write_images(root, n):
+    """n own images in three classes; image i has the grey value i and belongs to class i % 3."""
+    for i in range(n):
+        folder = Path(root, CLASSES[i % 3])
+        folder.mkdir(parents=True, exist_ok=True)
+        size = (32 + i % 2 * 16, 32)
+        Image.new("L", size, i % 256).save(folder / f"{i}.{ENDINGS[i % 4]}")
+
+
+def images_of(flags):
+    """What common.load_images reads, and prints."""
+    args, _ = common.parse(vae.flags(), shlex.split(f"--device cpu {flags}"))
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        data = load_images(args)
+    return data, out.getvalue()
+
+
+def serve(test):
+    """Serve the current folder until the test ends: the address."""
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+    test.addCleanup(server.server_close)
+    test.addCleanup(server.shutdown)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}"
+
+
+def write_mnist(folder, train, test):
+    """MNIST's four files in a folder: black images with these labels.
+
+    Returns the files' names and checksums as torchvision lists them.
+    """
+    resources = []
+    os.mkdir(folder)
+    for part, labels in (("train", train), ("t10k", test)):
+        n = len(labels)
+        files = {
+            "images-idx3": struct.pack(">4i", 2051, n, 28, 28) + bytes(n * 784),
+            "labels-idx1": struct.pack(">2i", 2049, n) + bytes(labels),
+        }
+        for kind, content in files.items():
+            name = f"{part}-{kind}-ubyte.gz"
+            packed = gzip.compress(content, 1)
+            Path(folder, name).write_bytes(packed)
+            resources.append((name, hashlib.md5(packed).hexdigest()))
+    return resources
+
+
+class TestCommon(Case):
+    def test_evaluate_is_the_importance_weighted_bound(self):
+        """More samples give a tighter bound; memory is bounded; the noise is always the same."""
+        model = vae.VAE((1, 2, 3), (8,), z_dim=2)
+        model.dec[-1].weight.data *= 6  # so that no Gaussian is the posterior
+        x = torch.rand(50, 1, 2, 3).round()
+        with torch.no_grad():
+            log_px, kl, log_w = model(x, 6000)
+        bounds = []
+        for k in (1, 5, 50, 6000):
+            bound = common.log_mean_exp(log_w.view(k, -1, 50))
+            bounds.append(bound.mean().item())
+        self.assertEqual(bounds, sorted(bounds))
+        self.assertGreater(bounds[3], bounds[0] + 0.05)
+        elbo = (log_px - kl).mean().item()
+        self.assertAlmostEqual(bounds[0], elbo, delta=0.02)
+
+        counted = mock.Mock(side_effect=model)
+        figures = common.evaluate(counted, x, samples=2000, at_once=640)
+        self.assertAlmostEqual(figures["nll"], -bounds[3], delta=0.01)
+        self.assertAlmostEqual(figures["neg_elbo"], -bounds[0], delta=0.1)
+        sizes = [call.kwargs["k"] * len(call.args[0]) for call in counted.call_args_list]
+        self.assertEqual((sum(sizes), max(sizes)), (2000 * 50, 640))
+        again = common.evaluate(model, x, samples=2000, at_once=640)
+        self.assertEqual(again["nll"], figures["nll"], "the noise is not always the same")
+
+    def test_evaluate_does_without_tf32(self):
+        """On a GPU, figures come from exact float32 products; training may round again."""
+
+        def allowed():
+            return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+        def model(x, k):
+            seen.append(allowed())
+            return 3 * [torch.zeros(k, len(x))]
+
+        seen = []
+        common.allow_tf32(True)
+        common.evaluate(model, torch.zeros(4))
+        self.assertEqual(seen, [(False, False)])
+        self.assertEqual(allowed(), (True, True))
+
+    def test_averaged_weights_are_weighted_like_t_to_the_12th(self):
+        """Against the sum over all steps t, with integrals of t^12 as weights."""
+        model = nn.Linear(3, 2)
+        average = common.averaged(model)
+        expected = 0
+        for t in range(1, 31):
+            nn.init.normal_(model.weight)
+            average.update_parameters(model)
+            weight = (t / 30) ** 13 - ((t - 1) / 30) ** 13
+            expected = expected + weight * model.weight
+        self.assert_close(average.module.weight, expected)
+
+    def end_epochs(self, figures, seconds=1.0, cost=None):
+        """Rows and printed lines of epochs with these figures of their validation."""
+        args = SimpleNamespace(epochs=150, batch_size=50, test_samples=10, lr=1e-3)
+        step = common.means(neg_elbo=torch.tensor(figures[0]["neg_elbo"]))
+        rows = []
+        out = io.StringIO()
+        with (
+            contextlib.redirect_stdout(out),
+            mock.patch.object(time, "time", return_value=seconds),
+        ):
+            for valid in figures:
+                valid = {**valid, "seconds": 0.1}
+                common.end_epoch(args, rows, 0.0, [step], valid, cost)
+        return rows, out.getvalue().splitlines()
+
+    def test_the_best_epoch_is_that_of_the_smallest_figure(self):
+        figures = [{"neg_elbo": value} for value in (5.0, 3.0, 3.5, 2.0, 4.0)]
+        rows, _ = self.end_epochs(figures)
+        best = [row["epoch"] for row in rows if row["best"]]
+        self.assertEqual(best, [1, 2, 4])
+
+    def test_an_infinite_validation_ends_the_run(self):
+        for value in (math.nan, math.inf, -math.inf):
+            err = io.StringIO()
+            with (
+                self.subTest(value),
+                contextlib.redirect_stderr(err),
+                self.assertRaises(SystemExit) as end,
+            ):
+                self.end_epochs([{"neg_elbo": 3.0}, {"neg_elbo": value}])
+            self.assertEqual(end.exception.code, 2)
+            self.assertIn("epoch 2: valid_neg_elbo is not finite", err.getvalue())
+
+    def test_epoch_lines_fit_80_columns(self):
+        """Densities of speech, per cent, and many hours left, too."""
+        for figures in (
+            {"neg_elbo": 72.15, "rec": 50.19, "kl": 21.96},
+            {"neg_elbo": -4883.31, "rec": -5005.27, "kl": 121.96},
+            {"error": 12.34, "neg_elbo": 1072.15},
+        ):
+            for seconds in (1, 300):
+                with self.subTest(figures, seconds=seconds):
+                    _, lines = self.end_epochs([figures], seconds)
+                    self.assertLessEqual(len(lines[0]), 80, lines[0])
+                    self.assertIn(f"{figures['neg_elbo']:.2f}", lines[0])
+
+    def test_time_left_knows_that_epochs_differ(self):
+        """An epoch of 10 seconds, of 150."""
+
+        def cost(epoch):
+            return 1 if epoch == 0 else 3
+
+        figures = [{"neg_elbo": 1.0}]
+        _, lines = self.end_epochs(figures, 10)
+        self.assertIn("0:24:52 left", lines[0])  # 149 * 10 seconds, and 20 times the validation
+        _, lines = self.end_epochs(figures, 10, cost)
+        self.assertIn("1:14:32 left", lines[0])  # 149 * 30 seconds, and the same
+
+    def test_processes_share_each_step(self):
+        """Two processes divide each batch between them, and draw different noise."""
+        args = SimpleNamespace(seed=0, batch_size=50)
+        orders = []
+        noises = []
+        for rank in (0, 1):
+            with mock.patch.object(common, "rank_and_world", return_value=(rank, 2)):
+                orders.append(common.epoch_order(args, 3, 200))
+            noises.append(torch.rand(9))
+        together = torch.stack(orders, 2).flatten(1)
+        self.assert_same(together, common.epoch_order(args, 3, 200))
+        self.assertFalse(torch.equal(*noises), "both draw the same noise")
+
+    def test_examples_of_similar_length_share_a_step(self):
+        args = SimpleNamespace(seed=0, batch_size=50)
+        order = common.epoch_order(args, 3, 200, lengths=torch.arange(200))
+        spread = order.amax(1) - order.amin(1)
+        self.assertEqual(spread.tolist(), 4 * [49])
+
+    def test_glyphs_are_digits_and_seeded(self):
+        """Nearest neighbours tell most digits, and no two images are the same."""
+        x, y = glyphs()
+        self.assert_same(common.glyph_images(300), common.glyph_images(300))
+        x = x.float().flatten(1)
+        distance, nearest = torch.cdist(x[2000:], x[:2000]).min(1)
+        self.assertGreater(distance.min(), 0, "two are the same")
+        right = (y[nearest] == y[2000:]).float()
+        self.assertGreater(right.mean(), 0.7)
+
+    def test_pixels_are_binarised_anew_or_by_a_seed(self):
+        """Their mean is the grey value."""
+        x = torch.tensor([0, 51, 255]).byte().expand(20_000, 3)
+        mean = common.binarise(x).mean(0)
+        self.assert_close(mean, [0, 0.2, 1], 0.02)
+        self.assert_same(common.binarise(x, 1), common.binarise(x, 1))
+        self.assertFalse(torch.equal(common.binarise(x), common.binarise(x)))
+
+    def test_own_images_are_split_by_their_names(self):
+        """What is no image, or hidden, is counted."""
+        parts = [set(), set(), set()]
+        for n in (90, 120):  # more images move none from one part to another
+            write_images("in", n)
+            data, _ = images_of("--dataset folder --data-dir in --image-size 20")
+            self.assertEqual(data.shape, (1, 20, 20))
+            self.assertEqual(data.classes[:2], CLASSES[:2])
+            pairs = [data.train, data.valid, data.test]
+            for part, (x, y) in zip(parts, pairs, strict=True):
+                values = x[:, 0, 3, 17].tolist()
+                self.assertEqual([value % 3 for value in values], y.tolist())
+                self.assertLessEqual(part, set(values))
+                part.update(values)
+        self.assertEqual(sum(map(len, parts)), 120)
+
+        for name in (".cache/a/b.png", "12/.b.png", "12/notes.txt", "c.png"):
+            Path("in", name).parent.mkdir(parents=True, exist_ok=True)
+            Path("in", name).write_bytes(b"no image")
+        data, out = images_of("--dataset folder --data-dir in")
+        self.assertEqual(len(data.classes), 3)
+        self.assertEqual(data.shape, (1, 28, 28))
+        self.assertIn("left out: 4 files", out)
+        self.assertIn("many pixels are grey", out)
+
+    def test_own_images_are_read_as_a_person_sees_them(self):
+        """Transparent paper, 16 bits, and turned by EXIF."""
+
+        def read(**options):
+            image.save("image.png", **options)
+            return common.load_image(Path("image.png"), 8)[0, 4].tolist()
+
+        for ink, paper in ((0, 255), (255, 0)):  # on transparent paper
+            image = Image.new("LA", (8, 8), (ink, 0))
+            image.paste((ink, 255), (0, 0, 4, 8))
+            self.assertEqual(read(), 4 * [ink] + 4 * [paper])
+        image = Image.fromarray(np.full((8, 8), 257 * 100, np.uint16))  # of 16 bits
+        self.assertEqual(read(), 8 * [100])
+        image = Image.new("L", (8, 8))
+        image.paste(255, (0, 0, 8, 4))  # its upper half is white; EXIF turns it to the right
+        exif = Image.Exif()
+        exif[0x112] = 6
+        self.assertEqual(read(exif=exif), 4 * [0] + 4 * [255])
+
+    def test_mnist_is_downloaded_from_any_mirror_and_checked(self):
+        """One mirror is dead, one is good, one has damaged files."""
+        sums = write_mnist("good", 5000 * [1] + 100 * [2], 50 * [3])
+        shutil.copytree("good", "bad")
+        for path in Path("bad").iterdir():
+            path.write_bytes(path.read_bytes()[:-9])
+        url = serve(self)
+        for mirrors, flags, expected in (
+            (["http://127.0.0.1:9/", f"{url}/good/"], "--data-dir new", "mnist"),
+            ([f"{url}/bad/"], "--data-dir new", "mnist"),  # what is there needs no network
+            ([f"{url}/bad/"], "--data-dir damaged --dry-run", "glyphs"),
+        ):
+            with (
+                self.subTest(flags),
+                mock.patch.multiple(MNIST, mirrors=mirrors, resources=sums),
+                mock.patch.object(common, "glyph_images", many_glyphs),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
+                data, _ = images_of(flags)
+                self.assertEqual(data.dataset, expected)
+                if expected == "mnist":
+                    found = []
+                    for x, y in (data.train, data.valid, data.test):
+                        found.append((len(x), y.unique().item()))
+                    self.assertEqual(found, [(100, 2), (5000, 1), (50, 3)])
+        self.assertFalse(Path("damaged").exists())
+
+    def test_without_network_it_says_not_mnist_and_deletes_nothing(self):
+        """Not even the empty folders given as --data-dir."""
+        os.makedirs("datasets/vision/new")
+        with (
+            mock.patch.object(MNIST, "mirrors", ["http://127.0.0.1:9/"]),
+            mock.patch.object(common, "glyph_images", many_glyphs),
+        ):
+            flags = "--dry-run --data-dir datasets/vision/new"
+            lines = self.train("vae", f"{flags} --out-dir run", load_images).splitlines()
+            self.assertIn("NOT MNIST", lines[0])
+            self.assertIn("NOT MNIST", lines[-1])
+            self.assertEqual(results("run")["dataset"], "glyphs")
+            self.assertNotIn("MNIST", self.train("vae", f"{flags} --dataset glyphs", load_images))
+            flags += " --dataset mnist"
+            self.assert_refused("vae", flags, "train-images-idx3-ubyte", load_images)
+        self.assertEqual(os.listdir("datasets/vision/new"), [])
+
+
+# ---------------------------------------------------------------------------
+# vae.py
+
+
+class TestVAE(BoundTests, Case):
+    def models(self):
+        x = torch.rand(6, 1, 4, 4).round()
+        sizes = {"shape": (1, 4, 4), "hidden": (7, 5), "z_dim": 3}
+        yield "bernoulli", vae.VAE(**sizes), (x,)
+        yield "gaussian", vae.VAE(**sizes, likelihood="gaussian", sigma=0.5), (x,)
+        yield "convolutions", vae.VAE(**sizes, channels=(2, 3)), (x,)
+        yield "mixture", vae.VAE(**sizes, components=30), (x,)
+
+    def test_kl(self):
+        model = vae.VAE((1, 4, 4), (7,), z_dim=3)
+        x = torch.rand(6, 1, 4, 4).round()
+        _, kl, _ = model(x)
+        q = normal(*model.encode(x))
+        self.assert_close(kl, kl_divergence(q, Normal(0.0, 1.0)).sum(1))
+
+    def test_linear_gaussian_bound_is_exact(self):
+        """With the exact posterior as q, log_w is log p(x), which is known."""
+        sigma = 0.5
+        model = vae.VAE((1, 1, 5), (), 2, "gaussian", sigma=sigma).double()
+        x = torch.randn(4, 1, 1, 5).double()
+        b = torch.randn(5).double()
+        w, _ = torch.linalg.qr(torch.randn(5, 2).double())
+        w = w * torch.tensor([1.5, 0.7])  # orthogonal: the posterior is diagonal
+        model.dec[0].weight.data = w
+        model.dec[0].bias.data = b
+
+        # the posterior
+        var = 1 / (1 + (w**2).sum(0) / sigma**2)
+        gain = var[:, None] * w.T / sigma**2
+        model.enc[0].weight.data = torch.cat([gain, torch.zeros(2, 5)])
+        model.enc[0].bias.data = torch.cat([-gain @ b, var.log()])
+
+        covariance = w @ w.T + sigma**2 * torch.eye(5)
+        exact = MultivariateNormal(b, covariance).log_prob(x.flatten(1))
+        _, _, log_w = model(x)
+        self.assert_close(log_w, exact, 1e-9)  # for every sample
+        log_px, kl, _ = model(x, k=20_000)
+        self.assert_close((log_px - kl).mean(0), exact, 0.02)
+
+    def test_mixture_prior_draws_what_its_density_says(self):
+        """Against the mixture of torch.distributions."""
+        model = vae.VAE((1, 1, 4), (), 4, "gaussian", components=3)
+        model.log_std.data = 0.5 * torch.randn(4)
+        model.logits.data = torch.randn(3)
+        model.dec = nn.Identity()
+        z = model.sample(100_000).flatten(1)
+        std = model.log_std.exp()
+        gaussians = torch.distributions.Independent(Normal(model.means * std, std), 1)
+        weights = torch.distributions.Categorical(logits=model.logits)
+        p = torch.distributions.MixtureSameFamily(weights, gaussians)
+        log_p = model.log_prior(z[None])[0] - 2 * math.log(2 * math.pi)
+        self.assert_close(log_p, p.log_prob(z))
+        self.assert_close(z.mean(0), p.mean, 5e-2)
+        self.assert_close(z.var(0), p.variance, 5e-2)
+
+    def test_probabilities_sum_to_one(self):
+        for components in (1, 5):
+            with self.subTest(components=components):
+                model = vae.VAE((1, 1, 4), (8,), 2, components=components)
+                model.enc[-1].weight.data *= 0.3  # q is wide, as importance sampling needs
+                self.assertAlmostEqual(total_probability(model, binary_images(4)), 1, delta=0.03)
+
+    def test_fixed_pixels_are_drawn_once(self):
+        """What is binarised in training is black or white before."""
+        for script in ("vae", "draw"):
+            with mock.patch.object(common, "binarise", wraps=common.binarise) as binarise:
+                self.train(script, "--epochs 1 --binarise fixed")
+            fixed = 0
+            for call in binarise.call_args_list:
+                x = call.args[0]
+                if len(x) == 50:  # a batch of training
+                    self.assertEqual(x.unique().tolist(), [0, 255])
+                    fixed += 1
+            self.assertEqual(fixed, 4)
+
+
+# ---------------------------------------------------------------------------
+# cvae.py
+
+
+class TestCVAE(BoundTests, Case):
+    def models(self):
+        x = torch.rand(6, 1, 4, 4).round()
+        given = {"label": torch.arange(6) % 3, "quadrants": cvae.hide(x, 1)}
+        for condition, y in given.items():
+            for z_dim in (3, 0):
+                for channels in (None, (2, 3)):
+                    model = cvae.CVAE((1, 4, 4), condition, z_dim, 3, (7, 5), channels)
+                    yield f"{condition}, {z_dim=}, {channels=}", model, (x, y)
+
+    def test_kl(self):
+        for name, model, (x, y) in self.models():
+            with self.subTest(name):
+                _, kl, _ = model(x, y)
+                h_y = model.features(y)
+                q = normal(*model.posterior(x, h_y))
+                p = normal(*model.prior(h_y))
+                self.assert_close(kl, kl_divergence(q, p).sum(1), 1e-4)
+
+    def test_probabilities_sum_to_one(self):
+        x = binary_images(4)
+        seen = torch.tensor([1.0, 0.0, -1.0, -1.0]).expand(4, 1, 1, 4)  # p(x_2, x_3 | x_0, x_1)
+        for condition, images, y in (
+            ("label", x, torch.full((16,), 2)),
+            ("quadrants", torch.where(seen < 0, x[:4], seen), seen),
+        ):
+            with self.subTest(condition):
+                model = cvae.CVAE((1, 1, 4), condition, 2, hidden=(8,))
+                model.enc[-1].weight.data *= 0.3
+                self.assertAlmostEqual(total_probability(model, images, y), 1, delta=0.03)
+
+    def test_the_label_is_used(self):
+        """A model that ignores its condition would pass all other tests."""
+        self.assert_label_is_used(cvae.CVAE(hidden=(64,), z_dim=6))
+
+    def test_hidden_pixels_stay_hidden_and_observed_ones_come_back(self):
+        """log_px is that of the hidden pixels."""
+        a = torch.rand(6, 1, 5, 7).round()
+        for quadrants in (1, 2, 3):
+            for channels in (None, (2, 3)):
+                with self.subTest(quadrants=quadrants, channels=channels):
+                    y = cvae.hide(a, quadrants)
+                    b = torch.where(y < 0, 1 - a, a)  # differs in every hidden pixel
+                    self.assert_same(cvae.hide(b, quadrants), y)
+                    model = cvae.CVAE((1, 5, 7), "quadrants", 3, 10, (8,), channels)
+                    self.assert_same(model.sample(y)[y >= 0], a[y >= 0])
+                    seen = recorded(model, "dec")
+                    log_px, _, _ = model(a, y)
+                    _, logits = seen["dec"][0]
+                    each = Bernoulli(logits=logits).log_prob(a.flatten(1))
+                    hidden = y.flatten(1) < 0
+                    self.assert_close(log_px, (each * hidden).sum(1), 1e-4)
+
+    def test_the_weight_of_the_kl_rises_to_one(self):
+        """In the log, loss is rec + weight * kl."""
+        self.train("cvae", "--epochs 4 --warm-up 3 --out-dir run")
+        for row in load("run/checkpoint.pt")["rows"]:
+            loss = row["train_rec"] + min(1, row["epoch"] / 3) * row["train_kl"]
+            self.assert_close(row["train_loss"], loss)
+
+
+# ---------------------------------------------------------------------------
+# ssl_vae.py
+
+
+class Bounds(nn.Module):
+    """An SSLVAE as a model whose three terms are its classifier and its two bounds."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.sample = model.sample
+
+    def forward(self, x, y):
+        logits = self.model.classify(x)
+        return logits[:, 0], self.model.labelled_bound(x, y), self.model.unlabelled_bound(x)
+
+
+class TestSSLVAE(ModelTests, Case):
+    def make(self, shape=(1, 4, 4)):
+        """M2 and the auxiliary model."""
+        for auxiliary in (False, True):
+            model = ssl_vae.SSLVAE(shape, 3, 3, auxiliary, (7, 5), a_dim=2)
+            yield f"{auxiliary=}", model.eval()
+
+    def models(self):
+        x = torch.rand(6, 1, 4, 4).round()
+        y = torch.arange(6) % 3
+        for name, model in self.make():
+            yield name, Bounds(model), (x, y)
+
+    def test_the_sum_over_labels_is_the_brute_force(self):
+        """U is the expectation of L under q(y|x), plus its entropy (eq. 7)."""
+        x = torch.rand(6, 1, 4, 4).round()
+        for name, model in self.make():
+            with self.subTest(name), no_noise(), torch.no_grad():
+                log_q = model.classify(x).log_softmax(1)
+                bounds = []
+                for label in range(3):
+                    bounds.append(model.labelled_bound(x, torch.full((6,), label)))
+                bounds = torch.stack(bounds, 1)
+                expected = (log_q.exp() * (bounds - log_q)).sum(1)
+                self.assert_close(model.unlabelled_bound(x), expected, 1e-4)
+                model.head.bias[1] += 1e4  # q(y|x) is one-hot: U becomes L
+                self.assert_close(model.unlabelled_bound(x), bounds[:, 1], 1e-4)
+
+    def shrink(self, model, *layers):
+        """Small weights for last layers: q comes close to the posterior."""
+        if model.auxiliary:
+            layers = (*layers, model.q_a[-1][-1], model.p_a[-1])
+        for layer in layers:
+            layer.weight.data *= 0.1
+
+    def test_bounds_are_bounds(self):
+        """exp of the bounds, summed over all images, is below 1."""
+
+        def total(bounds):
+            return bounds.view(400, 16).mean(0).exp().sum().item()
+
+        x = binary_images(4).repeat(400, 1, 1, 1)
+        for name, model in self.make((1, 1, 4)):
+            with self.subTest(name), torch.no_grad():
+                self.shrink(model, model.enc[-1], model.dec[-1])
+                labelled = 0
+                for label in range(3):
+                    y = torch.full((len(x),), label)
+                    labelled += total(model.labelled_bound(x, y))
+                unlabelled = total(model.unlabelled_bound(x))
+                for value in (labelled, unlabelled):  # a term too many would show
+                    self.assertGreater(value, 0.2)
+                    self.assertLess(value, 1.01)
+
+    def test_probabilities_sum_to_one(self):
+        for name, model in self.make((1, 1, 4)):
+            with self.subTest(name), torch.no_grad():
+                self.shrink(model, model.enc[-1])
+                log_px = common.log_mean_exp(model.log_weights(binary_images(4), 10_000))
+                self.assertAlmostEqual(log_px.exp().sum().item(), 1, delta=0.03)
+
+    def test_labels_are_balanced(self):
+        """As many of each class, the same for a seed."""
+        y = glyphs()[1][:200]
+        chosen = ssl_vae.choose_labels(y, 20, 4)
+        self.assertEqual(len(chosen.unique()), 20)
+        self.assertEqual(torch.bincount(y[chosen]).tolist(), 10 * [2])
+        self.assert_same(ssl_vae.choose_labels(y, 20, 4), chosen)
+        self.assertNotEqual(ssl_vae.choose_labels(y, 20, 5).tolist(), chosen.tolist())
+
+    def test_other_labels_change_nothing(self):
+        """Training with wrong labels of the unlabelled images gives the same model."""
+
+        def relabelled(args):
+            data = few_images(args)
+            x, y = data.train
+            chosen = ssl_vae.choose_labels(y, 20, 0)
+            changed = torch.zeros_like(y)
+            changed[chosen] = y[chosen]
+            data.train = (x, changed)
+            return data
+
+        y = glyphs()[1][:200]
+        chosen = ssl_vae.choose_labels(y, 20, 0)
+        self.train("ssl_vae", "--epochs 1 --out-dir a")
+        with mock.patch.object(ssl_vae, "choose_labels", return_value=chosen):
+            self.train("ssl_vae", "--epochs 1 --out-dir b", relabelled)
+        self.assert_same(load("a/best.pt")["model"], load("b/best.pt")["model"])
+        self.assert_refused("ssl_vae", "--labels 30", "has 2 images", relabelled)
+
+    def test_augmentation_keeps_the_picture(self):
+        """Maps are moderate, and move the ink, but lose none of it."""
+        x = torch.zeros(500, 1, 36, 20)
+        x[:, :, 12:24, 8:12] = 1
+        theta = ssl_vae.random_affine(len(x))
+        ink = ssl_vae.warp(x, theta).sum((1, 2, 3))
+        mass = ink * theta[:, :, :2].det()
+        self.assert_close(mass / 48, torch.ones(500), 0.15)
+        self.assertGreater(theta.std(0).min(), 0.03)
+        self.assertLessEqual(theta[:, :, 2].abs().max(), 0.1)
+
+
+# ---------------------------------------------------------------------------
+# draw.py and cdraw.py
+
+
+class TestDraw(BoundTests, Case):
+    module = draw
+    kind = draw.DRAW
+    more = {}  # arguments of the class
+    given = ()  # inputs of the model beside x
+
+    def make(self, **sizes):
+        """A small model, whose learned prior and initial state are not zero."""
+        small = {"shape": (1, 4, 4), "glimpses": 2, "z_dim": 3, "hidden": 5}
+        small.update(read_size=2, write_size=3)
+        model = self.kind(**{**small, **self.more, **sizes})
+        nn.init.normal_(model.h_0, std=0.3)
+        if model.prior.weight.requires_grad:
+            nn.init.normal_(model.prior.weight, std=0.3)
+            nn.init.normal_(model.prior.bias, std=0.3)
+        return model
+
+    def models(self, attentions=(True, False), shape=(1, 4, 4), **sizes):
+        x = torch.rand(6, *shape).round()
+        for attention in attentions:
+            for prior in ("standard", "learned"):
+                model = self.make(shape=shape, attention=attention, prior=prior, **sizes)
+                yield f"{prior}, {attention=}", model, (x, *self.given)
+
+    def test_filters_have_the_centre_stride_and_variance_asked_for(self):
+        """Moments of the filters on a wide image, against eqs. 19-26."""
+        n = 5
+        sizes = {"x": 60, "y": 40}
+        params = torch.tensor([[0.1, -0.2, 1.4, -2.0, 0.3], [0.0, 0.0, 0.7, -2.5, -0.1]])
+        g_x, g_y, log_var, log_delta, log_gamma = params.split(1, 1)
+        F_y, F_x, gamma = self.module.filterbank(params, n, sizes["y"], sizes["x"])
+        self.assert_close(gamma, log_gamma.exp())
+        delta = (60 - 1) / (n - 1) * log_delta.exp()
+        i = torch.arange(n) - (n - 1) / 2
+        for axis, filters, g in (("x", F_x, g_x), ("y", F_y, g_y)):
+            with self.subTest(axis):
+                size = sizes[axis]
+                at = torch.arange(1.0, size + 1)  # the paper counts pixels from 1
+                mean = (filters * at).sum(2)
+                var = (filters * (at - mean[:, :, None]) ** 2).sum(2)
+                self.assert_close(filters.sum(2), torch.ones(2, n))
+                self.assert_close(mean, (size + 1) / 2 * (g + 1) + i * delta, 1e-3)
+                self.assert_close(var, log_var.exp().expand(2, n), 1e-2)
+
+    def test_windows_off_the_image_and_without_size_are_finite(self):
+        """So are the gradients."""
+        for value in (1e4, -1e4):
+            for n in (1, 3):
+                with self.subTest(value=value, n=n):
+                    params = torch.full((2, 5), value, requires_grad=True)
+                    filters = self.module.filterbank(params, n, 40, 60)
+                    sum((f**2).sum() for f in filters).backward()
+                    for values in (*filters, params.grad):
+                        self.assertTrue(values.isfinite().all(), values)
+
+    def test_it_reads_and_writes_where_the_windows_are(self):
+        """Windows of one narrow filter per pixel copy the image."""
+        for channels in (1, 3):
+            with self.subTest(channels=channels):
+                model = self.make(shape=(channels, 6, 6), read_size=6, write_size=6)
+                x, x_hat = torch.rand(2, 1, channels, 6, 6)
+                window = torch.tensor([0.0, 0.0, -6.0, 0.0, 0.5])  # a filter for each pixel
+                model.read_window.bias.data = model.write_window.bias.data = window
+                model.patch.bias.data = x.flatten()
+                h_dec = torch.zeros(1, 5)
+                gamma = math.exp(0.5)
+                images = torch.cat([x, x_hat], 1).flatten(1)
+                self.assert_close(model.read(x, x_hat, h_dec).data, gamma * images, 1e-3)
+                self.assert_close(model.write(h_dec).data, x / gamma, 1e-3)
+
+    def test_one_glimpse_without_attention_is_a_vae(self):
+        """Terms of T = 1, against torch.distributions."""
+        models = self.models((False,), (1, 4, 5), glimpses=1)
+        for name, model, (x, *given) in models:
+            with self.subTest(name):
+                seen = recorded(model, "posterior", "prior", "decoder", "patch")
+                log_px, kl, log_w = model(x, *given)
+                q = normal(*seen["posterior"][0][1].chunk(2, 1))
+                p = normal(*seen["prior"][0][1].chunk(2, 1))
+                if "standard" in name:
+                    p = Normal(torch.zeros(3), torch.ones(3))
+                z = seen["decoder"][0][0][0][:, :3]
+                logits = model.c_0 + seen["patch"][0][1].view(x.shape)
+                each = Bernoulli(logits=logits).log_prob(x)
+                self.assert_close(log_px, each.sum((1, 2, 3)), 1e-4)
+                self.assert_close(kl, kl_divergence(q, p).sum(1), 1e-4)
+                difference = (p.log_prob(z) - q.log_prob(z)).sum(1)
+                self.assert_close(log_w, log_px + difference, 1e-4)
+
+    def test_it_samples_by_the_prior_that_the_bound_uses(self):
+        """Given the z of `forward`, `sample` ends with the same canvas."""
+
+        def noise(mu):  # with which `sample` draws the z of `forward`
+            z = zs[len(seen["prior"]) - 1]
+            p = normal(*seen["prior"][-1][1].chunk(2, 1))
+            return (z - p.mean) / p.stddev
+
+        for name, model, inputs in self.models(glimpses=3):
+            with self.subTest(name):
+                seen = recorded(model, "prior", "decoder")
+                log_px, _, _ = model(*inputs)
+                zs = [call[0][0][:, :3] for call in seen["decoder"]]
+                priors = [out for _, out in seen["prior"]]
+                self.assert_close(priors[0], priors[0][:1].expand(6, -1))  # the same for every x
+                spread = (priors[2] - priors[2][0]).abs().max()
+                self.assertEqual(spread > 1e-3, "learned" in name)
+                seen["prior"].clear()
+                with mock.patch.object(torch, "randn_like", noise):
+                    p = Bernoulli(self.draw(model, inputs)[-1])
+                each = p.log_prob(inputs[0])
+                self.assert_close(each.sum((1, 2, 3)), log_px, 1e-3)
+
+    def test_every_step_has_noise_of_its_own(self):
+        """It is not drawn once and shared by all steps."""
+        for name, model, inputs in self.models(glimpses=3):
+            with (
+                self.subTest(name),
+                mock.patch.object(torch, "randn_like", wraps=torch.randn_like) as noise,
+            ):
+                model(*inputs)
+                self.assertEqual(noise.call_count, 3)
+                self.draw(model, inputs)
+                self.assertEqual(noise.call_count, 6)
+
+    def test_temperature_zero_leaves_the_noise_of_the_first_step(self):
+        """Later z are the means of their priors."""
+        for name, model, inputs in self.models(glimpses=3):
+            with self.subTest(name):
+                seen = recorded(model, "prior", "decoder")
+                first = model.sample(*inputs[1:] or [6], 0.0)[0]
+                self.assertGreater(first.std(0).max(), 1e-3)
+                z = seen["decoder"][-1][0][0][:, :3]
+                self.assert_close(z, seen["prior"][-1][1][:, :3])
+
+    def test_probabilities_sum_to_one(self):
+        x = binary_images(4)
+        models = self.models(shape=(1, 1, 4), read_size=1, write_size=1, z_dim=2)
+        for name, model, (_, *given) in models:
+            with self.subTest(name):
+                model.posterior.weight.data *= 0.5
+                model.prior.weight.data *= 0.5
+                given = [y[:1].expand(16) for y in given]
+                self.assertAlmostEqual(total_probability(model, x, *given), 1, delta=0.03)
+
+    def test_early_epochs_take_fewer_glimpses_and_results_say_how_many(self):
+        """Checkpoints and results name those of the tested model."""
+        script = self.module.__name__
+        with mock.patch.object(common, "end_epoch", wraps=common.end_epoch) as end_epoch:
+            self.train(script, "--dry-run --glimpses 9 --out-dir run")
+        cost = end_epoch.call_args.kwargs["cost"]
+        costs = [cost(epoch) for epoch in range(6)]
+        self.assertEqual(costs, [4, 4, 8, 8, 9, 9])
+        self.assertEqual(results("run")["model_args"]["glimpses"], 4)
+        self.assertEqual(load("run/best.pt")["model_args"]["glimpses"], 4)
+        self.train(script, "--resume run --glimpses 10 --epochs 7 --out-dir more")
+        self.assertEqual(load("more/checkpoint.pt")["model_args"]["glimpses"], 10)
+
+
+class TestCDraw(TestDraw):
+    module = cdraw
+    kind = cdraw.CDRAW
+    more = {"num_classes": 3}
+    given = (torch.arange(6) % 3,)
+
+    def test_the_attention_is_that_of_draw_to_the_letter(self):
+        """No script imports another, so the code is there twice."""
+        for name in ("filterbank", "tiled_window"):
+            ours = inspect.getsource(getattr(cdraw, name))
+            self.assertEqual(ours, inspect.getsource(getattr(draw, name)))
+        for name in ("read", "write"):
+            ours = inspect.getsource(getattr(cdraw.CDRAW, name))
+            self.assertEqual(ours, inspect.getsource(getattr(draw.DRAW, name)))
+
+    def test_the_label_is_used(self):
+        """A model that ignores its condition would pass all other tests."""
+        self.assert_label_is_used(cdraw.CDRAW(glimpses=3, hidden=32, z_dim=6))
+
+
+# ---------------------------------------------------------------------------
+# vrnn.py
+
+
+def write_wav(path, n, rate=8000, channels=1, width=2):
+    """A tone of n samples of so many bytes; above 2, with an EXTENSIBLE header."""
+    tone = 8000 * np.sin(np.arange(n) / rate * 880 * np.pi)
+    samples = (tone * 2**16).astype("<i4").repeat(channels)
+    data = samples.view(np.uint8).reshape(-1, 4)[:, -width:]
+    if width == 1:
+        data = data ^ 128  # unsigned
+    tag = 0xFFFE if width > 2 else 1
+    bits = 8 * width
+    header = struct.pack("<HHIIHH", tag, channels, rate, 0, width * channels, bits)
+    header += struct.pack("<HHIH14x", 22, bits, 0, 1)
+    body = b"WAVEfmt " + struct.pack("<I", len(header)) + header
+    body += b"data" + struct.pack("<I", data.size) + data.tobytes()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(body)) + body)
+
+
+def drawing(i):
+    """A line of ndjson: of two strokes, of which the first is a move to (i, 3)."""
+    strokes = [[[0, i], [0, 3]], [[9], [9]]]
+    return json.dumps({"word": f"the {i % 2}", "drawing": strokes}) + "\n"
+
+
+def make_bad_sequences():
+    """Files that vrnn.py can't read, in the folder bad."""
+    for name, content in (
+        ("wav/a.wav", b"?"),
+        ("ndjson/a.ndjson", b"{}"),
+        ("pendigits/pendigits-orig.tra.Z", b"\x1f\x9d\x90short"),
+    ):
+        path = Path("bad", name)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    write_wav("bad/long/long.wav", 400_001)
+    for i in range(30):
+        write_wav(f"bad/flat/{i}.wav", 900)
+
+
+class TestVRNN(BoundTests, Case):
+    def models(self, stops=(False, True)):
+        lengths = torch.tensor([5, 3, 1, 4])
+        y = torch.tensor([0, 2, 1, 2])
+        sizes = {"num_classes": 3, "mixtures": 2, "hidden": 7, "features": 6}
+        likelihoods = (
+            ("bernoulli", 4, 0),  # of 4 values of x_t, those from 0 on are binary
+            ("gaussian", 4, 4),
+            ("pen", 3, 2),
+        )
+        for likelihood, x_dim, binary in likelihoods:
+            for prior, z_dim in (("learned", 2), ("standard", 2), ("learned", 0)):
+                for stop in stops:
+                    name = f"{likelihood}, {prior}, {z_dim=}, {stop=}"
+                    model = vrnn.VRNN(x_dim, z_dim, likelihood, prior, stop=stop, **sizes)
+                    nn.init.normal_(model.h_0)
+                    x = torch.randn(5, 4, x_dim)
+                    x[..., binary:] = (x[..., binary:] > 0).float()
+                    yield name, model, (x, lengths, y)
+
+    def draw(self, model, inputs):
+        x, _ = model.sample(4, y=inputs[2])
+        return x
+
+    def test_labels_are_needed_or_unwanted(self):
+        """Depending on num_classes."""
+        x = torch.zeros(2, 4, 28)
+        lengths = torch.full((4,), 2)
+        for num_classes, y in ((0, lengths), (3, None)):
+            model = vrnn.VRNN(num_classes=num_classes, hidden=4)
+            with self.assertRaisesRegex(ValueError, "labels"):
+                model(x, lengths, y)
+
+    def test_priors_see_the_past_alone_and_the_last_step_reaches_the_first(self):
+        """x_2 changes priors from step 3 on; gradients go back to x_0."""
+        for name, model, (x, _, y) in self.models(stops=(False,)):
+            with self.subTest(name), no_noise():
+                changed = x.clone()
+                changed[2] = 1 - x[2]
+                lengths = torch.full((4,), 5)
+                net = "prior_net"  # whose inputs are of earlier steps
+                step = 3
+                if model.prior_net is None:
+                    net = "dec"
+                    step = 2
+                seen = recorded(model, "dec", net)
+                x.requires_grad_()
+                model(x, lengths, y)
+                model(changed, lengths, y)
+                (_, before), (_, after) = seen[net][-2:]
+                self.assert_close(before[:step], after[:step], 1e-6)
+                self.assertGreater((before[3] - after[3]).abs().max(), 1e-4)
+                seen["dec"][0][1][-1].sum().backward()
+                self.assertGreater(x.grad[0].abs().sum(1).min(), 0)
+
+    def test_padding_is_ignored(self):
+        """Padding of NaN changes no term and no gradient."""
+
+        def results(model, *inputs):
+            terms = model(*inputs)
+            total = sum(term.sum() for term in terms)
+            parameters = list(model.parameters())
+            grads = torch.autograd.grad(
+                total, parameters, allow_unused=True, materialize_grads=True
+            )
+            return terms, grads
+
+        for name, model, (x, lengths, y) in self.models():
+            with self.subTest(name), no_noise():
+                inside = torch.arange(5)[:, None, None] < lengths[:, None]
+                terms, grads = results(model, x, lengths, y)
+                padded = results(model, torch.where(inside, x, math.nan), lengths, y)
+                self.assert_same(padded, (terms, grads))
+
+                # the same one by one, without padding
+                for b, n in enumerate(lengths):
+                    alone = model(x[:n, [b]], lengths[[b]], y[[b]])
+                    for term, one in zip(terms, alone, strict=True):
+                        self.assert_close(one[0], term[b], 1e-4)
+
+    def test_densities_integrate_to_one(self):
+        """Mixtures of Gaussians, on a grid."""
+        at = torch.linspace(-16, 16, 641)
+        for mixtures in (1, 3):
+            for likelihood, d in (("pen", 3), ("gaussian", 2)):
+                with self.subTest(likelihood, mixtures=mixtures):
+                    model = vrnn.VRNN(d, 2, likelihood, mixtures=mixtures, hidden=4, features=4)
+                    out = torch.randn(model.dec[-1].out_features)
+                    x = nn.functional.pad(torch.cartesian_prod(at, at), (0, d - 2))
+                    total = model.log_density(x, out).exp().sum()
+                    if likelihood == "pen":
+                        x[:, 2] = 1
+                        total += model.log_density(x, out).exp().sum()
+                    self.assert_close(total * 0.05**2, 1, 1e-3)
+
+    def test_probabilities_sum_to_one(self):
+        x = binary_images(4).view(16, 2, 2).transpose(0, 1)  # all of two steps of two pixels
+        lengths = torch.full((16,), 2)
+        for z_dim, prior in ((2, "learned"), (2, "standard"), (0, "learned")):
+            with self.subTest(prior, z_dim=z_dim):
+                model = vrnn.VRNN(2, z_dim, "bernoulli", prior, hidden=4, features=4)
+                self.assertAlmostEqual(total_probability(model, x, lengths), 1, delta=0.03)
+        with self.subTest("all lengths"):
+            model = vrnn.VRNN(1, 0, "bernoulli", stop=True, hidden=4, features=4)
+            model.end.bias.data.fill_(2.0)  # all sequences but 1 in 30,000 end within five steps
+            total = 0
+            for steps in range(1, 6):
+                x = binary_images(steps).view(-1, steps, 1).transpose(0, 1)
+                lengths = torch.full((x.shape[1],), steps)
+                total += total_probability(model, x, lengths, k=1)
+            self.assertAlmostEqual(total, 1, delta=1e-3)
+
+    def test_it_draws_what_its_density_says(self):
+        """Means, covariances and shares of components; temperature scales them."""
+        pen = vrnn.VRNN(3, 2, "pen", hidden=4, features=4)
+        out = torch.tensor([0.0, 1.0, -2.0, math.log(4.0), 0.0, 0.8, 1.0])  # as sizes says
+        r = 0.99 * math.tanh(0.8)
+        for temperature in (1.0, 0.5):
+            with self.subTest(temperature=temperature):
+                x = pen.sample_x(out.expand(50_000, -1), temperature)
+                up = 1 / (1 + math.exp(-1 / temperature))
+                self.assert_close(x.mean(0), [1, -2, up], 3e-2)
+                covariance = torch.cov(x[:, :2].T) / temperature**2
+                self.assert_close(covariance, [[4, 2 * r], [2 * r, 1]], 5e-2)
+
+    def test_it_draws_components_by_their_weights(self):
+        """A temperature sharpens them."""
+        model = vrnn.VRNN(1, 2, "gaussian", mixtures=3, hidden=4, features=4)
+        weights = torch.tensor([0.5, 0.3, 0.2])
+        means = torch.tensor([-9.0, 0.0, 9.0])
+        out = torch.cat([weights.log(), means, torch.zeros(3)])
+        for temperature in (1.0, 0.5):
+            with self.subTest(temperature=temperature):
+                x = model.sample_x(out.expand(50_000, -1), temperature)
+                shares = torch.histc(x, 3, -13.5, 13.5) / len(x)
+                expected = weights ** (1 / temperature)
+                self.assert_close(shares, expected / expected.sum(), 1e-2)
+
+    def test_samples_end_by_themselves(self):
+        """With stop=True, sequences have all lengths, and zeros behind their end."""
+        for name, model, _ in self.models():
+            with self.subTest(name):
+                ends = 1
+                if model.end is not None:
+                    model.end.bias.data.fill_(-0.7)
+                    ends = 6
+                x, lengths = model.sample(6, y=torch.arange(300) % 3, z_temperature=0.0)
+                self.assertEqual(len(lengths.unique()), ends)
+                self.assertEqual(lengths.max(), 6)
+                after = torch.arange(6)[:, None] >= lengths
+                self.assertEqual(x[after].abs().sum(), 0)
+
+    def test_sequences_are_padded_per_batch(self):
+        """To the longest of the batch, rounded up to 8."""
+        lengths = torch.tensor([3, 1000, 2, 5])
+        frames = lengths.repeat_interleave(lengths)[:, None].expand(-1, 2).float()
+        data = vrnn.Sequences(frames, lengths, torch.tensor([1, 0, 0, 1]))
+        index = torch.tensor([0, 3, 2])
+        x, n, y = data.batch(index, index)
+        self.assertEqual(x.shape, (8, 3, 2))
+        self.assertEqual(n.tolist(), [3, 5, 2])
+        self.assertEqual(y.tolist(), [1, 1, 0])
+        for b, length in enumerate(n.tolist()):
+            self.assertEqual(x[:length, b].unique().tolist(), [length])
+
+    def test_strokes_vary_in_training_alone(self):
+        """Strokes are stretched and slanted, and rounding is undone by noise."""
+        x = torch.zeros(2, 900, 3)
+        x[0, :, 0] = x[1, :, 1] = 100
+        x[1, :, 2] = 1
+        moved = vrnn.prepare_pen(x, 1.0)
+        self.assert_same(moved[..., 2], x[..., 2])
+        change = (moved - x)[..., :2] / 100
+        covariance = torch.cov(change.transpose(0, 1).flatten(1).T)
+        self.assert_close(covariance, 0.15**2 * torch.eye(4), 6e-3)
+        fixed = vrnn.prepare_pen(x, 1.0, seed=1)
+        self.assert_same(vrnn.prepare_pen(x, 1.0, seed=1), fixed)
+        self.assertLessEqual((fixed - x).abs().max(), 0.5)
+        self.assertGreater(fixed[..., :2].abs().min(), 0)  # or densities would be without bound
+
+    def test_speech_starts_late_in_training(self):
+        basis = vrnn.cosine_transform(200, "cpu")
+        self.assert_close(basis @ basis.T, torch.eye(200))
+        x = torch.arange(1000.0, 1800).view(4, 1, 200)
+        for _ in range(9):
+            prepared = vrnn.prepare_speech(x, 1.0) @ basis.T
+            late = (x - prepared).flatten()
+            n = late[-1].round().item()
+            self.assertIn(n, range(201))
+            self.assert_close(late[200:], torch.full((600,), n), 0.6)
+
+    def test_recordings_of_all_formats_sound_the_same(self):
+        """8 to 32 bits, stereo, another rate."""
+        write_wav("low.wav", 8000)
+        low = vrnn.read_frames(Path("low.wav")).flatten()
+        for width in (1, 2, 3, 4):
+            with self.subTest(width=width):
+                write_wav("high.wav", 32_000, rate=32_000, channels=2, width=width)
+                high = vrnn.read_frames(Path("high.wav")).flatten()
+                tolerance = 300 if width == 1 else 40  # of 32,768
+                self.assertLess((high - low)[200:-200].abs().max(), tolerance)
+
+    def test_own_recordings(self):
+        """Their folders are labels; their names choose the part."""
+        for i in range(40):
+            write_wav(f"in/{'ab'[i % 2]}/{i}.wav", 200 * i + 1)
+        lengths = []
+        for part, x, label in vrnn.read_wav(SimpleNamespace(data_dir="in")):
+            i = len(x) - 1
+            self.assertEqual(label, "ab"[i % 2])
+            self.assertEqual(part, vrnn.hash_split(f"{label}/{i}.wav"))
+            lengths.append(len(x))
+        self.assertEqual(sorted(lengths), list(range(1, 41)))
+        self.train("vrnn", "--dataset wav --data-dir in --conditional --dry-run --out-dir run")
+        sound = vrnn.read_frames(Path("run/sounds/a_0.wav"))
+        self.assertEqual(sound.shape[1], 200)
+
+    def test_own_drawings(self):
+        """A file with a byte order mark and an empty last line."""
+        os.mkdir("in")
+        Path("in/a.ndjson").write_text("\ufeff" + "".join(map(drawing, range(40))) + "\n")
+        parts = []
+        for i, (part, x, label) in enumerate(vrnn.read_ndjson(SimpleNamespace(data_dir="in"))):
+            self.assertEqual(label, f"the {i % 2}")
+            self.assertEqual(x[1].tolist(), [i, -3, 1])  # y points up
+            parts.append(part)
+        self.assertEqual(len(parts), 40)
+        self.assertEqual(set(parts), {0, 1, 2})
+        self.train("vrnn", "--dataset ndjson --data-dir in --conditional --dry-run")
+
+    def test_pendigits_are_split_by_their_files(self):
+        """The last tenth of the training file validates."""
+        os.mkdir("pendigits")
+        digit = '.SEGMENT DIGIT 0-1 ? "7"\n.PEN_DOWN\n 1 2\n 4 8\n.PEN_UP\n'
+        Path("pendigits/pendigits-orig.tra").write_text(7494 * digit)
+        Path("pendigits/pendigits-orig.tes").write_text(3498 * digit)
+        counts = [0, 0, 0]
+        for part, x, label in vrnn.read_pendigits(SimpleNamespace(data_dir=".")):
+            counts[part] += 1
+            self.assertEqual(label, "7")
+            self.assertEqual(x.tolist(), [[0, 0, 0], [3, 6, 1]])
+        self.assertEqual(counts, [6745, 749, 3498])
+
+    def test_speech_is_split_by_the_number_of_the_recording(self):
+        folder = "free-spoken-digit-dataset-1.0.10/recordings"
+        for name in ("0_x_4", "1_x_5", "2_x_10", "9_yweweler_9"):
+            write_wav(f"{folder}/{name}.wav", 300)
+        examples = vrnn.read_speech(SimpleNamespace(data_dir="."))
+        parts = {label: part for part, _, label in examples}
+        self.assertEqual(parts, {"0": 2, "1": 1, "2": 0, "9": 1})
+
+    def test_downloads_are_checked(self):
+        """A wrong checksum leaves no folder."""
+        with zipfile.ZipFile("a.zip", "w") as pack:
+            pack.writestr("deep/b.txt", "content")
+            pack.writestr("deep/c.dat", "other")
+        url = serve(self) + "/a.zip"
+        right = hashlib.sha256(b"b.txtcontent").hexdigest()
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            vrnn.download(url, Path("new"), ".*txt", right)
+            with self.assertRaises(SystemExit):
+                vrnn.download(url, Path("wrong"), ".*txt", "0")
+        self.assertEqual(os.listdir("new"), ["b.txt"])
+        self.assertIn("checksum", err.getvalue())
+        self.assertFalse(Path("wrong").exists())
+
+
+# ---------------------------------------------------------------------------
+# what all scripts share as programs
+
+# other paths through the scripts than that of their defaults
+PATHS = [
+    ("vae", "--likelihood gaussian --z-dim 2"),
+    ("vae", "--channels 2 3 --iw 3 --components 3"),
+    ("cvae", "--quadrants 2 --channels 2 3"),
+    ("cvae", "--quadrants 1 --z-dim 0"),
+    ("ssl_vae", "--auxiliary --no-augment"),
+    ("ssl_vae", "--supervised-only"),
+    ("draw", "--no-attention --prior standard --binarise fixed"),
+    ("draw", "--read-size 1 --write-size 28 --temperature 0"),
+    ("cdraw", "--no-attention --prior standard"),
+    ("vrnn", "--conditional --classes 2 7 --temperature 2 --z-temperature 0.5"),
+    ("vrnn", "--prior standard"),
+    ("vrnn", "--z-dim 0"),
+]
+# script, flags, and a part of the last line of the error
+BAD = [
+    ("vae", "--epochs -1", "--epochs: must be from 0 to 2147483648, not -1"),
+    ("vae", "--epochs 12345678901234567890", "from 0 to 2147483648"),
+    ("vae", "--epochs 1.5", "--epochs"),
+    ("vae", "--batch-size 0", "--batch-size"),
+    ("vae", "--lr 0", "--lr"),
+    ("vae", "--lr nan", "--lr"),
+    ("vae", "--lr fast", "--lr"),
+    ("vae", "--seed -3", "--seed"),
+    ("vae", "--z-dim 0", "--z-dim"),
+    ("vae", "--hidden 0", "--hidden"),
+    ("vae", "--channels 3", "--channels"),
+    ("vae", "--test-samples 0", "--test-samples"),
+    ("vae", "--likelihood x", "--likelihood"),
+    ("vae", "--binarise fixed --likelihood gaussian", "--binarise fixed"),
+    ("vae", "--dataset x", "--dataset"),
+    ("vae", "--nonsense", "--nonsense"),
+    ("vae", "--device abacus", "--device abacus"),
+    ("vae", "--device cuda:99", "--device cuda:99"),
+    ("vae", "--sample 3", "--resume"),
+    ("vae", "--resume none.pt", "none.pt"),
+    ("vae", "--resume run/log.csv", "run/log.csv"),
+    ("vae", "--resume cut.pt", "cut.pt"),
+    ("vae", "--resume other.pt", "not a checkpoint"),
+    ("vae", "--resume code.pt", "code.pt"),
+    ("vae", "--resume run --z-dim 7", "z_dim"),
+    ("vae", "--out-dir run", "exists"),
+    ("vae", "--out-dir cut.pt/deep", "Not a directory"),
+    ("vae", "--dataset mnist --data-dir cut.pt/deep", "cut.pt is not a folder"),
+    ("vae", "--dataset mnist --data-dir bad", "MNIST"),
+    ("vae", "--data-dir bad", "MNIST"),
+    ("vae", "--dataset folder --data-dir none", "none"),
+    ("vae", "--dataset folder --data-dir bad", "bad/12/1.png"),
+    ("cvae", "--quadrants 4", "--quadrants"),
+    ("cvae", "--z-dim -1", "--z-dim"),
+    ("cvae", "--warm-up 0", "--warm-up"),
+    ("cvae", "--resume run", "vae.py"),
+    ("ssl_vae", "--labels 0", "--labels"),
+    ("ssl_vae", "--labels 7", "--labels 7"),
+    ("ssl_vae", "--labels 60000", "--labels 60000"),
+    ("ssl_vae", "--alpha -1", "--alpha"),
+    ("draw", "--glimpses 0", "--glimpses"),
+    ("draw", "--prior flat", "--prior"),
+    ("cdraw", "--write-size two", "--write-size"),
+    ("cdraw", "--classes 1 x", "x: must be among 0, 1, 2"),
+    ("vrnn", "--temperature 0", "--temperature"),
+    ("vrnn", "--mixtures 0", "--mixtures"),
+    ("vrnn", "--classes 1", "--classes needs --conditional"),
+    ("vrnn", "--conditional --classes 12", "12: must be among"),
+    ("vrnn", "--dataset wav --data-dir bad/flat --conditional", "label"),
+    ("vrnn", "--dataset wav --data-dir none", "none"),
+    ("vrnn", "--dataset wav --data-dir bad/wav", "a.wav: not a WAV file"),
+    ("vrnn", "--dataset wav --data-dir bad/long", "long.wav: 400001 samples"),
+    ("vrnn", "--dataset ndjson --data-dir bad", "a.ndjson: line 1 is no drawing"),
+    ("vrnn", "--dataset pendigits --data-dir bad", "pendigits-orig.tra.Z: damaged"),
+]
+
+
+def run_two_processes():
+    """What each of the two processes does in the test of torchrun."""
+
+    def share(model):
+        own = flat([p.grad for p in model.parameters()])
+        share_gradients(model)
+        mean = flat([p.grad for p in model.parameters()])
+        steps.append([own, mean, flat(model.parameters())])
+
+    def terms(x, k):
+        evaluated.extend(x.tolist())
+        return 3 * [x.expand(k, -1)]
+
+    share_gradients = common.share_gradients
+    steps = []
+    evaluated = []
+    with mock.patch.object(common, "share_gradients", share):
+        status, _, err = run("vae", "--epochs 2 --channels 2 3 --out-dir run")
+    if status != 0:
+        sys.exit(err)
+    figures = common.evaluate(terms, torch.arange(10.0), at_once=3)
+    rank = os.environ["RANK"]
+    torch.save([steps, evaluated, figures["rec"]], f"{rank}.pt")
+
+
+def flat(tensors):
+    """Copies of all values, in one vector."""
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+class TestScripts(Case):
+    def assert_equal_runs(self, a, b):
+        """Two runs have the same checkpoints, logs and test figures, but for times."""
+        states = []
+        figures = []
+        for folder in (a, b):
+            state = load(f"{folder}/checkpoint.pt")
+            names = ("weights", "average", "optimizer", "model")
+            states.append([state[name] for name in names])
+            with open(f"{folder}/log.csv") as log:
+                self.assertEqual(len(list(csv.DictReader(log))), len(state["rows"]))
+            rows = [*state["rows"], results(folder)]
+            for row in rows:
+                for name in list(row):
+                    if "second" in name or not name.startswith(("test", "train", "valid", "best")):
+                        del row[name]
+            figures.append(rows)
+        self.assert_same(*states)
+        self.assertEqual(*figures)
+
+    def test_every_script_as_its_users_run_it(self):
+        """As a program, on own images whose classes have unusual names."""
+
+        def first(script):
+            left = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}  # of a launcher: no matter
+            process = popen(
+                script,
+                f"--dry-run --dataset folder --data-dir in --out-dir {script}",
+                env={**os.environ, **left},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            return script, process.communicate(), process.returncode
+
+        scripts = {path.stem for path in HERE.glob("*.py")} - {"common", "test_all"}
+        self.assertEqual(scripts, set(SCRIPTS), "a script without tests")
+        write_images("in", 60)
+        with ThreadPoolExecutor(2) as pool:
+            for script, (out, err), status in pool.map(first, SCRIPTS):
+                with self.subTest(script):
+                    self.assertEqual(status, 0, err)
+                    self.assertIn("-log p", out.splitlines()[-2])
+                    self.assert_complete(script, script)
+                    self.train(script, f"--resume {script} --sample 12 --out-dir {script}-s", None)
+                    self.assertIn("samples.png", os.listdir(f"{script}-s"))
+
+    def assert_complete(self, script, folder):
+        """A run's folder has all its files, and its pictures can go on a slide."""
+        names = ["best.pt", "checkpoint.pt", "curve.png", "log.csv", "results.json", "samples.png"]
+        self.assertLessEqual(set(names), set(os.listdir(folder)))
+        for path in Path(folder).glob("*.png"):
+            with Image.open(path) as image:
+                self.assertGreaterEqual(image.width, 800, path)
+        found = set(results(folder))
+        self.assertLessEqual({"script", "dataset", "args", "model_args", "params"}, found)
+        self.assertLessEqual({"epochs", "seconds", "examples_per_second", "torch"}, found)
+        self.assertLessEqual({"test_neg_elbo", "test_nll", "test_samples"}, found)
+        if script == "ssl_vae":
+            self.assertLessEqual({"val_error", "test_error"}, found)
+
+    def test_other_paths(self):
+        """Train, test and draw with other flags; then draw without data."""
+        for i, (script, flags) in enumerate(PATHS):
+            with self.subTest(f"{script} {flags}"):
+                self.train(script, f"{flags} --dry-run --out-dir {i}")
+                self.assert_complete(script, str(i))
+                if "quadrants" not in flags:
+                    read = mock.Mock(side_effect=AssertionError("data are read"))
+                    self.train(script, f"--resume {i} --sample 3 --out-dir {i}s", read)
+
+    def test_help(self):
+        """As a program; every flag is explained, with a default that means something."""
+
+        def ask(script):
+            process = popen(script, "--help", stdout=subprocess.PIPE, text=True)
+            return script, process.communicate()[0], process.returncode
+
+        with ThreadPoolExecutor(2) as pool:
+            for script, out, status in pool.map(ask, SCRIPTS):
+                with self.subTest(script):
+                    self.assertEqual(status, 0)
+                    self.assertNotIn("default: None", out)
+                    self.assertNotIn("default: True", out)
+                    for action in importlib.import_module(script).flags()._actions:
+                        self.assertIn(action.option_strings[-1], out)
+                        self.assertTrue(action.help, action)
+
+    def test_importing_changes_nothing(self):
+        """Nor does building the parser: hooks, handlers, streams, environment."""
+
+        def state():
+            handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+            return sys.excepthook, sys.stdout, sys.stderr, handlers, dict(os.environ)
+
+        before = state()
+        for script in ("common", *SCRIPTS):
+            content = runpy.run_path(str(HERE / f"{script}.py"))
+            if script != "common":
+                content["flags"]()
+            self.assertEqual(state(), before, script)
+
+    def test_defaults_of_class_and_flags_agree(self):
+        """Who copies DRAW() gets the model of python draw.py."""
+        for script, kind in SCRIPTS.items():
+            flags = vars(importlib.import_module(script).flags().parse_args([]))
+            for name, parameter in inspect.signature(kind).parameters.items():
+                if name in flags:
+                    with self.subTest(script, name=name):
+                        default = parameter.default
+                        if isinstance(default, tuple):
+                            default = list(default)
+                        self.assertEqual(flags[name], default)
+
+    def test_a_copied_class_needs_only_torch(self):
+        """Without our files, torchvision and matplotlib it imports, trains and samples."""
+        x = (torch.rand(4, 1, 28, 28) < 0.1).float()
+        y = torch.arange(4)
+        rows = x[:, 0].transpose(0, 1)
+        inputs = {"vae": (x,), "draw": (x,), "vrnn": (rows, torch.full((4,), 28))}
+        blocked = dict.fromkeys(("common", "torchvision", "matplotlib", *SCRIPTS))
+        for script, kind in SCRIPTS.items():
+            with self.subTest(script), mock.patch.dict(sys.modules, blocked):
+                tree = ast.parse((HERE / f"{script}.py").read_text())
+                exec(compile(tree, script, "exec"), {"__name__": "copied"})
+                names = [getattr(part, "name", "") for part in tree.body]
+                del tree.body[names.index(kind.__name__) + 1 :]  # nothing behind the class
+                content = {"__name__": "copied"}
+                exec(compile(tree, script, "exec"), content)
+                model = content[kind.__name__]()
+                given = inputs.get(script, (x, y))
+                if script == "ssl_vae":
+                    losses = fit(Bounds(model), given, 12)
+                else:
+                    losses = fit(model, given, 12)
+                self.assertLess(min(losses[6:]), losses[0] - 3)
+                if script == "vrnn":
+                    drawn, _ = model.sample(6, 4)
+                else:
+                    drawn = model.sample(*given[1:] or [4])
+                self.assertFalse(drawn.requires_grad)
+                self.assertEqual(drawn.shape[-1], 28)
+
+    def test_resuming_at_an_epochs_end_changes_nothing(self):
+        """2 + 2 epochs are 4 epochs, bit for bit."""
         for script in SCRIPTS:
-            train(script, "--dataset folder --data-dir in --image-size 20 --dry-run", real)
-            red, green = images.read_image(f"out/{script}-1/samples.png")[:2]    # names are red
-            assert (red != green).any() == (script in ("cvae", "ssl_vae", "cdraw")), script
-        train("cdraw", "--resume out/cdraw-1 --sample 3 --classes \u00e9\udce9 'o k'", None)
-        train("draw", "--glimpses 9 --dry-run")    # but 4 in the first two epochs
-        assert load("out/draw-2/best.pt")["model"]["_extra_state"] == 4
-        train("cdraw", f"--resume {HERE}/.github/weights/cdraw.pt --sample 2 --digits 31", None)
-        assert "some of 12, o k" in outcome("cdraw", "--resume out/cdraw-1 --classes 3", real)[1]
-        assert read_data(args).classes == ["12", "o k", "\u00e9?"]
-        assert "a/b.png: not an" in outcome("vae", "--dataset folder --data-dir in/.cache", real)[1]
-def test_sequences_are_padded_per_batch_and_image_rows_are_rows():
-    pairs = [(torch.full((n, 2), float(n)), str(n % 2)) for n in (3, 1000, 2, 5)]
-    data = vrnn.Sequences(pairs, "cpu", ["0", "1"])
-    (x, lengths, y), (long, _, _) = data.batches(torch.tensor([[0, 3, 2], [1, 1, 1]]))
-    assert len(data.frames) == 1010 and x.shape == (8, 3, 2) and long.shape == (1000, 3, 2)
-    assert all((x[:n, b] == n).all() for b, n in enumerate((3, 5, 2))) and y.tolist() == [1, 1, 0]
-    with patched(common, "images", lambda _: tiny_images(data_args("mnist"))):
-        data = vrnn.read_data(data_args("mnist"))
-    x, lengths, y = next(data.train.batches(torch.arange(200)[None]))
-    assert torch.equal(x[:28].transpose(0, 1), glyphs()[0][:200, 0]) and (lengths == 28).all()
-def wav_file(path, n, rate=8000, channels=1, width=2):    # width: bytes of a sample
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    x = (8000 * 2**16 * torch.sin(torch.arange(n) / rate * 880 * math.pi)).to(torch.int32)
-    x = x.repeat_interleave(channels).view(torch.uint8).view(-1, 4)[:, -width:]
-    data = (x ^ (128 if width == 1 else 0)).numpy().tobytes()    # 8 bit: unsigned
-    form = struct.pack("<HHI6xHH6x16s", 65534 if width > 2 else 1, channels, rate, 8 * width, 22,
-                       bytes.fromhex("0100000000001000800000aa00389b71"))    # 65534: EXTENSIBLE
-    chunks = b"WAVEfmt \x28\0\0\0" + form + b"data" + struct.pack("<I", len(data)) + data
-    Path(path).write_bytes(b"RIFF" + struct.pack("<I", len(chunks)) + chunks)
-def test_own_recordings_and_drawings_are_framed_and_learned_from():
-    with folder():
-        wav_file("low.wav", 8000)
-        low = vrnn.frames(Path("low.wav")).flatten()
-        for width in (1, 2, 3, 4):    # 8 bits are rounded to 256
-            wav_file("high.wav", 32_000, rate=32_000, channels=2, width=width)
-            high = vrnn.frames(Path("high.wav")).flatten()
-            assert (high - low)[200:-200].abs().max() < (300 if width == 1 else 40), width
-        basis, names = vrnn.dct(200, "cpu"), [f"{'ab'[i % 2]}/{i}.wav" for i in range(40)]
-        close(basis @ basis.T, torch.eye(200))    # so that densities are those of the samples
-        [wav_file(f"in/{name}", 200 * i + 1) for i, name in enumerate(names)]
-        line = '{"word": "the %d", "drawing": [[[0, %d], [0, 3]], [[9], [9]]]}\n'
-        Path("in/a.ndjson").write_text(f"\ufeff{''.join(line % (i % 2, i) for i in range(40))}\n")
-        heard, drawn = [vrnn.read_data(data_args(name, "in")) for name in ("wav", "ndjson")]
-        parts = [p.lengths.tolist() for p in (heard.train, heard.valid, heard.test)]
-        assert all(vrnn.hash_split(names[n - 1]) == i for i, part in enumerate(parts) for n in part)
-        moves = (drawn.test.frames[1::3] * drawn.scale).round()    # from (0, 0) to (i, 3)
-        assert torch.equal(moves[:, 0] % 2, drawn.test.y) and (moves[:, 1] == -3).all()
-        assert sum(sizes(heard)) == sum(sizes(drawn)) == 40 and drawn.classes == ["the 0", "the 1"]
-        x = torch.arange(1.0, 801).view(4, 1, 200)    # in training up to 199 samples late
-        late = torch.stack([(x - vrnn.prepare(x, heard) @ basis.T).flatten() for _ in range(9)])
-        assert ((late - x.flatten().min(late[:, -1:])).abs() < 0.1).all() and 0.5 < late.max() < 200
-        for to in ("ndjson", "wav"):
-            train("vrnn", f"--dataset {to} --data-dir in --conditional --dry-run --out-dir {to}")
-        assert vrnn.frames(Path("wav/sounds/0_0.wav")).shape[1] == 200
-@unittest.skipUnless(REAL, "SEQVAE_DATA is not set")
-def test_real_data():
-    data = common.images(data_args("mnist", REAL))
-    assert sizes(data) == [55_000, 5000, 10_000] and torch.bincount(data.test[1])[5] == 892
-    for name, lengths in (("pendigits", [6745, 749, 3498]), ("speech", [2400, 300, 300])):
-        data = vrnn.read_data(data_args(name, REAL))
-        assert sizes(data) == lengths and torch.bincount(data.test.y).min() > 29, name
-    with folder(), contextlib.redirect_stdout(io.StringIO()):
-        vae.main(["--data-dir", REAL, *"--epochs 1 --hidden 64 --test-samples 1".split()])
-        assert 100 < json.load(open("out/vae-1/results.json"))["test_neg_elbo"] < 200
-def speed(steps=30):    # prints a table of training steps at default sizes
-    def after_step(run, **_):
-        done.append((time.perf_counter(), run.args.batch_size))
-        if len(done) > steps:
-            raise InterruptedError
-    from torch.utils.benchmark import Timer
-    rate = 2e9 / Timer("a @ a", "import torch; a = torch.rand(1000, 1000)").timeit(20).median
-    print("| script | data | MFLOP per example | examples/s | GFLOP/s of a product | share |\n"
-          "|---|---|---|---|---|---|")
-    calls = [(script, "mnist" if REAL else "glyphs") for script in SCRIPTS]
-    for script, data in calls + [("vrnn", "pendigits"), ("vrnn", "speech")][:2 if REAL else 0]:
-        for counter in (FlopCounterMode(display=False), contextlib.nullcontext()):
-            done, quiet = [], io.StringIO()
-            with folder(), patched(common.Run, "after_step", after_step), counter, \
-                    contextlib.redirect_stdout(quiet), contextlib.suppress(InterruptedError):
-                importlib.import_module(script).main(["--data-dir", REAL or "x", "--dataset", data])
-            if hasattr(counter, "get_total_flops"):    # which slows it down: time it again
-                flops = counter.get_total_flops() / len(done) / done[0][1]
-        examples = steps * done[0][1] / (done[-1][0] - done[0][0])
-        figures = flops / 1e6, examples, rate / 1e9, flops * examples / rate
-        print(f"| `{script}.py` | {data} |", *(f"{v:,.2f} |" for v in figures), flush=True)
+            with self.subTest(script):
+                self.train(script, f"--epochs 4 --out-dir {script}/whole")
+                self.train(script, f"--epochs 2 --out-dir {script}/parts")
+                self.train(script, f"--epochs 4 --resume {script}/parts")
+                self.assert_equal_runs(f"{script}/whole", f"{script}/parts")
+
+    def test_the_test_set_is_evaluated_once_after_training(self):
+        """Of 90 images; validation has 100."""
+
+        def evaluate(model, x, *others, **options):
+            events.append(len(x))
+            return FIGURES
+
+        def save(*parts):
+            events.append("save")
+
+        events = []
+        for script in SCRIPTS:
+            events.clear()
+            with (
+                self.subTest(script),
+                mock.patch.multiple(common, evaluate=evaluate, save=save),
+            ):
+                self.train(script, "--epochs 2")
+                times = 1
+                if script == "ssl_vae":  # once the error, once the bound
+                    times = 2
+                epoch = times * [100] + ["save"]
+                self.assertEqual(events, 2 * epoch + times * [90])
+
+    def test_runs_have_folders_of_their_own(self):
+        """The same seed gives the same run; data are not read in vain."""
+        os.makedirs("out/vae-2")  # of a run that has just begun
+        for flags in ("", "", "--seed 1"):
+            self.train("vae", f"--epochs 1 {flags}")
+        self.assertEqual(os.listdir("out/vae-2"), [])
+        self.assert_equal_runs("out/vae-1", "out/vae-3")
+        self.assertNotEqual(
+            results("out/vae-1")["test_neg_elbo"], results("out/vae-4")["test_neg_elbo"]
+        )
+        read = mock.Mock()
+        self.assert_refused("vae", "--out-dir out/vae-1", "exists", read)
+        read.assert_not_called()
+
+    def test_a_finished_run_is_not_tested_again_but_in_a_new_folder(self):
+        """With --epochs 0."""
+        self.train("vae", "--epochs 1 --out-dir run")
+        before = contents()
+        with mock.patch.object(common, "evaluate") as evaluate:
+            self.assertIn("finished", self.train("vae", "--resume run"))
+        evaluate.assert_not_called()
+        self.assertEqual(contents(), before)
+        self.train("vae", "--resume run/checkpoint.pt --epochs 0")
+        self.assertEqual(results("run")["test_nll"], results("out/vae-1")["test_nll"])
+        self.assertLessEqual(before.items(), contents().items())
+
+    def test_resuming_takes_new_flags_and_keeps_the_best_model(self):
+        """Even if no further epoch is the best."""
+        self.train("vae", "--epochs 1 --out-dir a")
+        with mock.patch.object(common, "evaluate", return_value=FIGURES):
+            self.train("vae", "--resume a --epochs 2 --lr 0.5 --out-dir b")
+        self.assert_same(load("b/best.pt")["model"], load("a/best.pt")["model"])
+        self.assertEqual(load("b/checkpoint.pt")["optimizer"]["param_groups"][0]["lr"], 0.5)
+
+    def test_resuming_with_other_data(self):
+        """Is said, or refused."""
+
+        def fewer(args):
+            data = few_images(args)
+            x, y = data.train
+            data.train = (x[:100], y[:100])
+            return data
+
+        def other(args):
+            data = few_images(args)
+            data.dataset = "mnist"
+            return data
+
+        self.train("vae", "--epochs 1 --out-dir run")
+        self.assertIn(
+            "NOT THE CHECKPOINT'S DATA", self.train("vae", "--resume run --epochs 2", fewer)
+        )
+        self.assertNotIn("NOT", self.train("vae", "--resume run --dry-run"))
+        self.assert_refused("vae", "--resume run --epochs 3", "trained on glyphs", other)
+        with self.subTest("weights alone begin anew on any data"):
+            state = load("run/best.pt")
+            for name in ("weights", "average", "optimizer"):
+                del state[name]
+            torch.save({**state, "rows": []}, "weights.pt")
+            self.train("vae", "--resume weights.pt --epochs 1 --out-dir tuned", other)
+
+    def test_shipped_weights_draw(self):
+        """Every file of weights in the repository fits its script."""
+        for path in (HERE / ".github/weights").glob("*.pt"):
+            with self.subTest(path.name):
+                self.train(path.stem.partition("_")[0], f"--resume {path} --sample 2")
+
+    def test_sigkill_at_any_moment_loses_nothing(self):
+        """Checkpoints are whole at all times, and resuming gives the same run."""
+        scripts = random.sample(list(SCRIPTS), 1)
+        kills = 1
+        if "SEQVAE_KILLS" in os.environ:
+            scripts = list(SCRIPTS)
+            kills = int(os.environ["SEQVAE_KILLS"])
+        for script in scripts:
+            with self.subTest(script):
+                whole = f"{script}/whole"
+                parts = f"{script}/parts"
+                began = time.time()
+                start(script, f"--epochs 4 --out-dir {whole}").join()
+                seconds = time.time() - began
+
+                # kill it, then resume it, or begin again
+                killed = 0
+                status = None
+                while killed < kills or status != 0:
+                    flags = f"--resume {parts}"
+                    if status == 0 or not Path(parts, "checkpoint.pt").exists():
+                        shutil.rmtree(parts, ignore_errors=True)
+                        flags = f"--epochs 4 --out-dir {parts}"
+                    process = start(script, flags)
+                    if killed < kills:
+                        process.join(seconds * random.random())
+                        process.kill()
+                    process.join()
+                    status = process.exitcode
+                    self.assertIn(status, (0, -signal.SIGKILL))
+                    if status != 0:
+                        killed += 1
+                    for path in Path(parts).glob("*.pt"):
+                        load(path)  # is whole
+                self.assert_equal_runs(whole, parts)
+
+    def test_a_full_disk_loses_nothing(self):
+        """A limit on the size of files stands for the disk."""
+        self.train("vae", "--epochs 1 --out-dir run")
+        before = {name: Path("run", name).read_bytes() for name in ("best.pt", "checkpoint.pt")}
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_FSIZE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # bytes per file
+        self.assert_refused("vae", "--resume run --epochs 2", "File too large")
+        for name, content in before.items():
+            self.assertEqual(Path("run", name).read_bytes(), content, name)
+
+    def test_a_loss_that_is_not_finite_leaves_a_checkpoint_to_resume(self):
+        """As the advice says, with a lower rate."""
+        for batch_size in (50, 200):  # 4 steps per epoch, or 1
+            with self.subTest(batch_size=batch_size):
+                folder = str(batch_size)
+                self.train("vae", f"--epochs 1 --batch-size {batch_size} --out-dir {folder}")
+                advice = f"not finite; try --resume {folder}"
+                self.assert_refused("vae", f"--resume {folder} --epochs 4 --lr 2e9", advice)
+                self.train("vae", f"--resume {folder} --epochs 4 --lr 1e-3")
+
+    def test_ctrl_c_says_how_to_resume_and_a_terminal_sees_a_live_line(self):
+        """On a pseudo-terminal."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # below nohup it is ignored
+        terminal, end = pty.openpty()
+        write_images("in", 600)
+        flags = "--dataset folder --data-dir in --batch-size 4 --iw 64 --epochs 99 --out-dir run"
+        process = popen("vae", f"{flags} --device cpu", stdout=end)
+        os.close(end)
+        said = ""
+        sent = False
+        with contextlib.suppress(OSError):  # which Linux raises at the end
+            while part := os.read(terminal, 65536):
+                said += part.decode()
+                if "epoch 2, step" in said and not sent:
+                    process.send_signal(signal.SIGINT)
+                    sent = True
+        self.assertEqual(process.wait(), 130, said)
+        self.assertRegex(said, r"  epoch 1, step \d+ of 120 *\r")
+        self.assertIn("--resume run", said.splitlines()[-1])
+
+    def test_torchrun_shares_gradients_and_evaluation_and_no_noise(self):
+        """Two processes on this machine."""
+        Path("two.py").write_text("import test_all\ntest_all.run_two_processes()\n")
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        done = subprocess.run(
+            [sys.executable, "-m", *launcher, "two.py"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(HERE)},
+        )
+        self.assertEqual(done.returncode, 0, done.stderr)
+        steps_0, evaluated_0, rec_0 = load("0.pt")
+        steps_1, evaluated_1, rec_1 = load("1.pt")
+        for (own_0, mean_0, weights_0), (own_1, mean_1, weights_1) in zip(
+            steps_0, steps_1, strict=True
+        ):
+            self.assertFalse(torch.equal(own_0, own_1))
+            self.assert_close(mean_0, (own_0 + own_1) / 2)
+            self.assert_same([mean_0, weights_0], [mean_1, weights_1])
+        self.assertEqual(evaluated_0, [0, 1, 2, 6, 7, 8])
+        self.assertEqual(evaluated_1, [3, 4, 5, 9])
+        self.assertEqual([rec_0, rec_1], [-4.5, -4.5])
+        self.assertTrue(Path("run/results.json").exists())
+
+    def test_a_misspelt_test_is_an_error(self):
+        """The message lists the known names."""
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            self.assertEqual(main(["TestDrwa"]), 2)
+        self.assertIn("TestDraw.test_probabilities_sum_to_one", err.getvalue())
+
+    def test_bad_input_is_one_line_and_status_2(self):
+        """And no file is changed or left."""
+        self.train("vae", "--epochs 1 --out-dir run")
+        Path("cut.pt").write_bytes(Path("run/best.pt").read_bytes()[:1000])
+        torch.save({"x": 1}, "other.pt")
+        torch.save(SimpleNamespace(script="vae"), "code.pt")
+        os.makedirs("bad/12")
+        Path("bad/12/1.png").write_bytes(b"no image")
+        os.makedirs("bad/MNIST/raw")
+        for part in ("train", "t10k"):
+            for kind in ("images-idx3", "labels-idx1"):
+                path = Path(f"bad/MNIST/raw/{part}-{kind}-ubyte")
+                path.write_bytes(b"\0\0\x08\x03no images")
+        make_bad_sequences()
+        before = contents()
+        for script, flags, expected in BAD:
+            with self.subTest(f"{script} {flags}"):
+                read = few_images
+                if "--data-dir" in flags:
+                    read = load_images
+                self.assert_refused(script, flags, expected, read)
+                self.assertEqual(contents(), before)
+
+
+# ---------------------------------------------------------------------------
+# real data
+
+
+@unittest.skipUnless("SEQVAE_DATA" in os.environ, "SEQVAE_DATA is not set")
+class TestRealData(Case):
+    def test_mnist(self):
+        args = f"--data-dir {REAL} --epochs 1 --hidden 64 --test-samples 1 --out-dir run"
+        self.train("vae", args, load_images)
+        found = results("run")
+        self.assertEqual(found["examples"], [55_000, 5000, 10_000])
+        self.assertGreater(found["test_neg_elbo"], 100)
+        self.assertLess(found["test_neg_elbo"], 200)
+
+    def test_sequences(self):
+        for read, expected in (
+            (vrnn.read_pendigits, [6745, 749, 3498]),
+            (vrnn.read_speech, [2400, 300, 300]),
+        ):
+            with self.subTest(read.__name__):
+                counts = [0, 0, 0]
+                labels = set()
+                for part, _, label in read(SimpleNamespace(data_dir=REAL)):
+                    counts[part] += 1
+                    labels.add(label)
+                self.assertEqual(counts, expected)
+                self.assertEqual(labels, set("0123456789"))
+
+
+# ---------------------------------------------------------------------------
+# running
+
+
 def main(names):
-    tests = {name: test for name, test in globals().items() if name.startswith("test_")}
-    if names == ["speed"]:
-        return speed()
-    if unknown := set(names) - set(tests):
-        print(f"test_all.py: no test is named {' or '.join(unknown)}", file=sys.stderr)
-        return 2
-    suite = unittest.TestSuite(unittest.FunctionTestCase(tests[name]) for name in names or tests)
-    return not unittest.TextTestRunner(verbosity=2).run(suite).wasSuccessful()
+    """Run all tests, or those named: a class, or a class and one of its tests."""
+    known = {}
+    for name, kind in globals().items():
+        if name.startswith("Test"):
+            known[name] = unittest.defaultTestLoader.loadTestsFromTestCase(kind)
+            for test in known[name]:
+                known[test.id().partition(".")[2]] = test
+    tests = unittest.TestSuite()
+    for name in names or known:
+        if name not in known:
+            print(*known, sep="\n", file=sys.stderr)
+            print(f"test_all.py: {name} is none of these tests", file=sys.stderr)
+            return 2
+        if names or "." not in name:
+            tests.addTest(known[name])
+    return not unittest.TextTestRunner(descriptions=False, verbosity=2).run(tests).wasSuccessful()
+
+
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
