@@ -71,7 +71,7 @@ def filterbank(params, n, height, width):
 def tiled_window(n, side):
     """Parameters (eq. 21) of a window in the middle, of n filters per side that tile an image.
 
-    The filters are side / n apart, for which eq. 24 is solved; sigma is half of that.
+    The filters are delta = side / n apart, and sigma is delta / 2. log_delta follows from eq. 24.
     """
     delta = side / n
     log_delta = math.log(delta * max(n - 1, 1) / max(side - 1, 1))
@@ -129,13 +129,12 @@ class CDRAW(nn.Module):
             self.write_window = nn.Linear(hidden, 5)
         self.h_0 = nn.Parameter(torch.zeros(4, 1, hidden))  # h_enc, cell_enc, h_dec, cell_dec
         self.c_0 = nn.Parameter(torch.full(self.shape, -2.0))  # dark
-        self.prior = nn.Linear(hidden, 2 * z_dim)  # starts as N(0, I), see below
+        self.prior = nn.Linear(hidden, 2 * z_dim)
         if prior == "standard":
-            self.prior.requires_grad_(False)  # and stays it
+            self.prior.requires_grad_(False)  # it stays at its initial value, N(0, I)
 
-        # initial values for a fast start: a glimpse r counts as much as the hidden state, forget
-        # gates (of i, f, g, o) are open, labels change nothing, the prior is N(0, I), windows cover
-        # the image
+        # initial values for a fast start: weights of r scaled by its size, open forget gates (the
+        # second of i, f, g, o), labels without effect, a prior N(0, I), windows over all pixels
         nn.init.normal_(self.encoder.weight_ih[:, :reads], std=reads**-0.5)
         nn.init.ones_(self.encoder.bias_ih[hidden : 2 * hidden])
         nn.init.ones_(self.decoder.bias_ih[hidden : 2 * hidden])
@@ -166,7 +165,7 @@ class CDRAW(nn.Module):
         return F_y[:, None].mT @ w @ F_x[:, None]  # eq. 29
 
     def start(self, n):
-        """h_enc, its cell, h_dec, its cell, (n, hidden), and the canvas c_0 (n, C, H, W)."""
+        """h_enc, its cell, h_dec, its cell, each (n, hidden), and the canvas c_0 (n, C, H, W)."""
         h_enc, cell_enc, h_dec, cell_dec = self.h_0.expand(-1, n, -1)
         return h_enc, cell_enc, h_dec, cell_dec, self.c_0.expand(n, -1, -1, -1)
 
@@ -179,6 +178,7 @@ class CDRAW(nn.Module):
         x_hat = x - canvas.sigmoid()  # eq. 3
         r = self.read(x, x_hat, h_dec)  # eq. 4
         h_enc, cell_enc = self.encoder(torch.cat([r, h_dec, y], 1), (h_enc, cell_enc))  # eq. 5
+        # .to(x.dtype): also under autocast, the KL is computed in float32
         mu, logvar = self.posterior(h_enc).to(x.dtype).chunk(2, 1)  # eqs. 1, 2
         logvar = logvar.clamp(-14, 14)
         mu_p, logvar_p = self.prior(h_dec).to(x.dtype).chunk(2, 1)
@@ -188,8 +188,8 @@ class CDRAW(nn.Module):
         h_dec, cell_dec = self.decoder(torch.cat([z, y], 1), (h_dec, cell_dec))  # eq. 7
         canvas = canvas + self.write(h_dec)  # eq. 8
 
-        # the KL in closed form (eq. 11, of any prior), and log p - log q of the sampled z_t, whose
-        # constants cancel
+        # the KL in closed form (eq. 11, for any Gaussian prior), and log p - log q of the sampled
+        # z_t, where -log(2 pi) / 2 of both is left out, as it cancels
         var_p = logvar_p.exp()
         kl = 0.5 * (((mu - mu_p) ** 2 + logvar.exp()) / var_p - 1 - logvar + logvar_p).sum(1)
         log_q = -0.5 * (eps**2 + logvar)
@@ -208,7 +208,7 @@ class CDRAW(nn.Module):
         pixels out of [0, 1].
         """
         self.check(x, y, k)
-        if k is not None:  # as k times as many images
+        if k is not None:  # k copies of the batch, as one larger batch
             log_px, kl, log_w = self(x.repeat(k, 1, 1, 1), y.repeat(k))
             return log_px.view(k, -1), kl.view(k, -1), log_w.view(k, -1)
         y = self.one_hot(y)
@@ -238,9 +238,9 @@ class CDRAW(nn.Module):
     def sample(self, y, temperature=1.0, with_windows=False):
         """Images of labels y (n,): the canvas after every step, (T, n, C, H, W).
 
-        Its values are the probabilities of the pixels to be 1. temperature scales sigma of z_t for
-        t > 1. with_windows adds a list of the write windows' parameters (n, 5), one per step; it is
-        empty without attention.
+        Its values are the probabilities of the pixels to be 1. temperature scales sigma of z_t
+        after the first step. with_windows adds a list of the write windows' parameters (n, 5), one
+        per step; it is empty without attention.
         """
         _, _, h_dec, cell_dec, canvas = self.start(len(y))
         y = self.one_hot(y)
@@ -249,7 +249,7 @@ class CDRAW(nn.Module):
         for t in range(self.glimpses):
             mu_p, logvar_p = self.prior(h_dec).chunk(2, 1)
             sigma = (0.5 * logvar_p.clamp(-14, 14)).exp()
-            if t > 0:
+            if t > 0:  # after the first step
                 sigma = temperature * sigma
             z = mu_p + sigma * torch.randn_like(mu_p)  # eq. 13
             h_dec, cell_dec = self.decoder(torch.cat([z, y], 1), (h_dec, cell_dec))  # eq. 14
@@ -273,9 +273,10 @@ def draw_pictures(model, y, names, temperature, folder):
 
     canvases, windows = model.sample(y, temperature, with_windows=True)
     steps = torch.linspace(1, len(canvases), min(10, len(canvases))).long()
-    rows = canvases[steps - 1, : len(names)].transpose(0, 1)
+    grid = canvases[steps - 1][:, : len(names)].transpose(0, 1)  # (names, steps, C, H, W)
     columns = [f"t = {t}" for t in steps.tolist()]
-    common.save_grid(folder / "samples.png", rows, names, columns)
+    title = "drawn by the model: one row per label, t is the time step"
+    common.save_grid(folder / "samples.png", grid, title, names, columns)
     common.save_animation(folder / "drawing.gif", canvases, windows)
 
 
@@ -321,8 +322,8 @@ def flags():
         "--temperature",
         type=common.at_least(0, float),
         default=1.0,
-        help="scale of sigma of z_t, t > 1, in pictures: 0 is the most likely way to go on from "
-        "z_1 (default: %(default)s)",
+        help="scale of sigma of z_t in pictures, after the first step; at 0 every further z_t is "
+        "the mean of its prior (default: %(default)s)",
     )
     add("--classes", nargs="+", metavar="NAME", help="labels to draw (default: all of them)")
     add("--compile", action="store_true", help="compile the time step: a slower start, then faster")
@@ -375,18 +376,18 @@ def main(argv=None):
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
     parts = {"weights": model, "average": average, "optimizer": optimizer, "model": best}
     facts = common.facts("cdraw", args, data, model_args)
-    fewest = 4
-    if checkpoint:  # go on with as many as its best model has, or with more
-        fewest = checkpoint["model_args"]["glimpses"]
-        best.glimpses = fewest
-        model_args["glimpses"] = fewest
+    min_glimpses = 4
+    if checkpoint:  # never fewer than its best model has
+        min_glimpses = checkpoint["model_args"]["glimpses"]
+        best.glimpses = min_glimpses
+        model_args["glimpses"] = min_glimpses
     folder, rows = common.begin(args, checkpoint, facts, parts)
     if args.compile:
         model.step = torch.compile(model.step)
 
     def glimpses_in(epoch):
         """Fewer in the first epochs, which makes them faster."""
-        return min(args.glimpses, max(fewest, 4 * (1 + epoch // 2)))
+        return min(args.glimpses, max(min_glimpses, 4 * (1 + epoch // 2)))
 
     # training
     for epoch in range(len(rows), args.epochs):
@@ -407,11 +408,11 @@ def main(argv=None):
 
         # validation, and the checkpoint
         valid = common.evaluate(average.module, x_valid, y_valid, at_once=1024)
-        is_best = common.end_epoch(args, rows, began, steps, valid, cost=glimpses_in)
+        is_best = common.end_epoch(args, rows, began, steps, valid, cost_of=glimpses_in)
         if is_best:
             best.load_state_dict(average.module.state_dict())
             best.glimpses = model.glimpses
-            model_args["glimpses"] = model.glimpses  # also in facts, and so in the checkpoint
+            facts["model_args"]["glimpses"] = model.glimpses
             draw_pictures(best, asked, names, args.temperature, folder)
         common.save(folder, facts, rows, parts)
 

@@ -705,11 +705,11 @@ def folder_to_continue(args, path, rows):
     return None
 
 
-def end_epoch(args, rows, began, steps, valid, cost=None):
+def end_epoch(args, rows, began, steps, valid, cost_of=None):
     """Add an epoch's row to the log and print it; True if its validation is the best so far.
 
     began: when the epoch began. steps: `means` of each. valid: its first figure says which epoch
-    is the best. cost(epoch): relative time that an epoch takes, if some take longer.
+    is the best. cost_of(epoch): relative time that an epoch takes, if some take longer.
     """
     row = {"epoch": len(rows) + 1, "seconds": time.time() - began}
     row["examples_per_second"] = len(steps) * args.batch_size / (row["seconds"] - valid["seconds"])
@@ -732,7 +732,9 @@ def end_epoch(args, rows, began, steps, valid, cost=None):
     rows.append(row)
 
     # time left: the later epochs, and the test
-    costs = [cost(epoch) if cost else 1 for epoch in range(max(args.epochs, len(rows)))]
+    costs = []
+    for epoch in range(max(args.epochs, len(rows))):
+        costs.append(cost_of(epoch) if cost_of else 1)
     done = sum(costs[: len(rows)])
     left = sum(r["seconds"] for r in rows) * (sum(costs) - done) / done
     left += 2 * args.test_samples * valid["seconds"]  # MNIST has twice as many to test
@@ -793,10 +795,10 @@ def draw_curve(folder, rows):
     axes = figure.subplots(len(panels), squeeze=False)[:, 0]
     for ax, (name, label) in zip(axes, panels, strict=True):
         late = []  # the first epochs are so bad that they would hide the others
-        for part in "train", "valid":
+        for part, colour in ("train", "tab:blue"), ("valid", "tab:orange"):
             if f"{part}_{name}" in rows[0]:
                 values = [row[f"{part}_{name}"] for row in rows]
-                ax.plot(range(1, len(rows) + 1), values, ".-", label=part)
+                ax.plot(range(1, len(rows) + 1), values, ".-", color=colour, label=part)
                 late += values[len(rows) // 5 :]
         margin = 0.05 * (max(late) - min(late)) + 1e-9
         ax.set(xlabel="epoch", ylabel=label, ylim=(min(late) - margin, max(late) + margin))
@@ -837,7 +839,7 @@ def finish(args, folder, facts, rows, model, test):
 # pictures
 
 
-def save_grid(path, images, row_names=(), column_names=()):
+def save_grid(path, images, title, row_names=(), column_names=()):
     """A picture of images (rows, columns, C, H, W) in [0, 1], with names of rows and columns."""
     from matplotlib.figure import Figure
 
@@ -849,13 +851,14 @@ def save_grid(path, images, row_names=(), column_names=()):
         picture = picture.mean(2)
     inches = max(8.0, 0.8 * columns)
     tile = min(inches / columns, 2)
-    tall = tile * rows * height / width + 0.4  # with names of columns
+    tall = tile * rows * height / width + 0.7  # with title and names of columns
     figure = Figure((inches, min(tall, 300)), layout="constrained")  # larger ones can't be drawn
     ax = figure.subplots()
     ax.imshow(picture, "gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set_xticks([(i + 0.5) * width - 0.5 for i in range(len(column_names))], column_names)
     ax.set_yticks([(i + 0.5) * height - 0.5 for i in range(len(row_names))], row_names)
     ax.xaxis.tick_top()
+    ax.set_title(title)
     ax.tick_params(length=0)
     for text in ax.get_xticklabels() + ax.get_yticklabels():
         text.set_parse_math(False)  # a name may have a dollar
@@ -868,7 +871,7 @@ def save_animation(path, canvases, windows=()):
     from torchvision.utils import draw_bounding_boxes, make_grid
 
     steps, n, _, height, width = canvases.shape
-    scale = 3
+    scale = 4
     images = canvases.cpu().float().expand(-1, -1, 3, -1, -1)
     images = images.repeat_interleave(scale, 3).repeat_interleave(scale, 4)
     size = scale * torch.tensor([width, height, width, height])
@@ -878,7 +881,7 @@ def save_animation(path, canvases, windows=()):
         boxes = torch.stack([g_x - half, g_y - half, g_x + half, g_y + half], 1)  # in [-1, 1]
         boxes = (boxes.clamp(-0.99, 0.99) + 1) / 2 * size
         for i in range(n):
-            step[i] = draw_bounding_boxes(step[i], boxes[i : i + 1], colors="red")
+            step[i] = draw_bounding_boxes(step[i], boxes[i : i + 1], colors="red", width=2)
     frames = [to_pil_image(make_grid(step, min(n, 10), pad_value=0.3)) for step in images]
     durations = [120] * (steps - 1) + [2000]  # milliseconds
     frames[0].save(path, save_all=True, append_images=frames[1:], loop=0, duration=durations)

@@ -300,7 +300,8 @@ def draw_samples(model, n, names, folder):
     noise = torch.randn(blocks, 1, 10, model.z_dim, device=device)
     noise = noise.expand(-1, classes, -1, -1).flatten(0, 2)  # the same for every label
     images = model.sample(y, noise).unflatten(0, (-1, 10))
-    common.save_grid(folder / "samples.png", images, names * blocks)
+    title = "drawn by the model: one row per label, one column per noise of z"
+    common.save_grid(folder / "samples.png", images, title, names * blocks)
 
 
 def draw_pictures(model, x, y, names, folder):
@@ -317,6 +318,7 @@ def draw_pictures(model, x, y, names, folder):
     common.save_grid(
         folder / "samples.png",
         torch.stack(columns, 1),
+        "the rest of an image, drawn by the model",
         column_names=["observed", "", "", "", "completions", "", "", "", "truth"],
     )
 

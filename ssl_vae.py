@@ -306,7 +306,8 @@ def draw_samples(model, n, names, folder):
     noise = torch.randn(blocks, 1, 10, model.z_dim, device=device)
     noise = noise.expand(-1, classes, -1, -1).flatten(0, 2)  # the same for every label
     images = model.sample(y, noise).unflatten(0, (-1, 10))
-    common.save_grid(folder / "samples.png", images, names * blocks)
+    title = "drawn by the model: one row per label, one column per noise of z"
+    common.save_grid(folder / "samples.png", images, title, names * blocks)
 
 
 @torch.no_grad()
@@ -321,7 +322,8 @@ def draw_pictures(model, x, names, folder):
     rows = [x]
     for c in range(len(names)):
         rows.append(model.sample(torch.full_like(guess, c), style))
-    common.save_grid(folder / "analogies.png", torch.stack(rows), ["image", *names])
+    title = "images, and each drawn by the model as every label, in its style"
+    common.save_grid(folder / "analogies.png", torch.stack(rows), title, ["image", *names])
 
 
 # ---------------------------------------------------------------------------

@@ -1094,8 +1094,8 @@ class TestDraw(BoundTests, Case):
         script = self.module.__name__
         with mock.patch.object(common, "end_epoch", wraps=common.end_epoch) as end_epoch:
             self.train(script, "--dry-run --glimpses 9 --out-dir run")
-        cost = end_epoch.call_args.kwargs["cost"]
-        costs = [cost(epoch) for epoch in range(6)]
+        cost_of = end_epoch.call_args.kwargs["cost_of"]
+        costs = [cost_of(epoch) for epoch in range(6)]
         self.assertEqual(costs, [4, 4, 8, 8, 9, 9])
         self.assertEqual(results("run")["model_args"]["glimpses"], 4)
         self.assertEqual(load("run/best.pt")["model_args"]["glimpses"], 4)

@@ -234,7 +234,8 @@ def draw_samples(model, n, folder):
     columns = min(n, 10)
     n = columns * (n // columns)
     images = model.sample(n)
-    common.save_grid(folder / "samples.png", images.unflatten(0, (-1, columns)))
+    images = images.unflatten(0, (-1, columns))
+    common.save_grid(folder / "samples.png", images, "drawn by the model, from noise")
 
 
 @torch.no_grad()
@@ -250,7 +251,8 @@ def draw_pictures(model, x, y, folder):
     common.save_grid(
         folder / "reconstructions.png",
         pairs.reshape(-1, 8, *model.shape),
-        column_names=["x", "decoded"] * 4,
+        "images, and what the model decodes from their z",
+        column_names=["image", "decoded"] * 4,
     )
 
     # straight lines in the space of z, from one image to another
@@ -261,6 +263,7 @@ def draw_pictures(model, x, y, folder):
     common.save_grid(
         folder / "interpolation.png",
         torch.stack(lines),
+        "decoded from z between that of one image (0) and another (1)",
         column_names=[f"{w:.2f}" for w in weight.flatten().tolist()],
     )
     if model.z_dim == 2:
@@ -279,13 +282,14 @@ def draw_plane(model, x, y, folder):
         points = torch.cartesian_prod(-quantiles, quantiles).flip(1)
         names = [f"{q:.1f}" for q in quantiles.tolist()]
         images = model.decode(points).unflatten(0, (20, 20))
-        common.save_grid(folder / "manifold.png", images, names[::-1], names)
+        title = "decoded from z: z_1 across, z_2 up"
+        common.save_grid(folder / "manifold.png", images, title, names[::-1], names)
     places, _ = model.encode(x[:5000])
-    figure = Figure((10, 8), layout="constrained")
+    figure = Figure((10, 9), layout="constrained")
     ax = figure.subplots()
     dots = ax.scatter(*places.T.cpu(), s=5, c=y[:5000].cpu(), cmap="tab10")
-    figure.colorbar(dots, label="label")
-    ax.set(xlabel="mu_1 of q(z|x)", ylabel="mu_2")
+    ax.legend(*dots.legend_elements(num=None), title="label")
+    ax.set(title="images by label: the mean of q(z|x)", xlabel="z_1", ylabel="z_2", aspect="equal")
     figure.savefig(folder / "places.png")
 
 
@@ -366,7 +370,8 @@ def main(argv=None):
     data = common.load_images(args)
     if args.binarise == "fixed":
         x, y = data.train
-        data.train = (255 * common.binarise(x, seed=0)).byte(), y  # 0 or 255 stays as it is
+        x = (255 * common.binarise(x, seed=0)).byte()  # which binarising again does not change
+        data.train = (x, y)
 
     def pixels(x, seed=None):
         """Black or white for Bernoulli, which never sees grey; else grey in [0, 1]."""

@@ -19,8 +19,8 @@ bound is eq. 11 with y given throughout:
     log p(x|y) = log E_q[p(x, z|y) / q(z|x, y)] >= E_q[log p(x, z|y) - log q(z|x, y)]     (Jensen)
 
 Pen strokes and speech have an end, which the model learns as well: after each step,
-Bernoulli(s(h_t)) says whether x_t was the last. The bound is then one of log p(x, T), where T is
-the length: it has the further terms log(1 - s(h_t)) for t < T, and log s(h_T).
+Bernoulli(s(h_t)) says whether x_t was the last. The bound is then on log p(x, T), where T is the
+length, and has the further terms log(1 - s(h_t)) for t < T, and log s(h_T).
 
     python vrnn.py                                         # images, row by row, from top to bottom
     python vrnn.py --dataset speech --conditional          # spoken digits
@@ -32,8 +32,8 @@ listed by python vrnn.py --dataset speech --help.
 
 Measured test -ELBO: MNIST with --epochs 16, 81.46 nats in an hour on one core; --dataset speech
 --conditional, -4883.3 nats in 54 minutes; --dataset pendigits --conditional, -40.61 nats in 30
-minutes. The last two are negative because they are densities of real numbers. The data are divided
-by their root mean square.
+minutes. The last two are negative because they are of log densities of real numbers, here of data
+divided by their root mean square.
 
 Deviations from the paper: a GRU instead of an LSTM; SiLU instead of ReLU; fewer layers; the initial
 state h_0 is learned; recorded integers get uniform noise, otherwise their density could grow
@@ -104,8 +104,8 @@ class VRNN(nn.Module):
         self.likelihood = likelihood
         self.mixtures = mixtures
         # real_dim: how many dimensions of x_t are real numbers; the others are binary
-        # sizes: of the parts of dec's output, which are logits, or else weights, means, log
-        # variances and correlations of the mixture, and the logit of pen-up
+        # sizes: how dec's output is split, into logits for "bernoulli", otherwise into weights,
+        # means, log variances and correlations of the mixture, and the logit of pen-up
         if likelihood == "bernoulli":
             self.real_dim = 0
             self.sizes = [x_dim]
@@ -172,7 +172,7 @@ class VRNN(nn.Module):
         if net is None:
             zeros = self.h_0.new_zeros(*inputs[0].shape[:-1], self.z_dim)
             return zeros, zeros
-        out = net(torch.cat(inputs, -1)).to(self.h_0.dtype)  # also under autocast
+        out = net(torch.cat(inputs, -1)).to(self.h_0.dtype)  # float32 even under autocast
         mu, logvar = out.chunk(2, -1)
         return mu, logvar.clamp(-10, 10)
 
@@ -197,7 +197,8 @@ class VRNN(nn.Module):
         label = self.embed(y, x.shape[1])
         h = self.h_0.expand(x.shape[1], -1)
         steps = []
-        for f_x_t in self.phi_x(x).unbind(0):  # [t] would have a gradient as large as x for every t
+        # unbind, as the gradient of indexing [t] would fill (T, B, features) at every step
+        for f_x_t in self.phi_x(x).unbind(0):
             mu_q, logvar_q = self.gaussian(self.enc, f_x_t, h, label)  # eq. 9
             eps = torch.randn_like(mu_q)
             z = mu_q + (0.5 * logvar_q).exp() * eps
@@ -362,10 +363,10 @@ class Sequences:
 
 
 def rounding_noise(x, scale, seed):
-    """Uniform noise as wide as the step of recorded integers, which are x (..., D) times scale.
+    """Uniform noise for x (..., D), which are recorded integers divided by scale.
 
-    It is new at every call, or always the same for a seed. Without it the density of the integers
-    could grow without limit.
+    It is one integer step, 1 / scale, wide; new at every call, or always the same for a seed.
+    Without it the density of the integers could grow without limit.
     """
     if seed is None:
         noise = torch.rand(x.shape, device=x.device)
@@ -399,9 +400,9 @@ def prepare_speech(x, scale, seed=None):
     """
     noise = rounding_noise(x, scale, seed)
     if seed is None:
-        n = int(torch.randint(1, x.shape[2] + 1, ()))
-        before = F.pad(x, (0, 0, 0, 0, 1, -1))  # the frame before each one
-        x = torch.cat([before[..., n:], x[..., :n]], 2)
+        kept = int(torch.randint(1, x.shape[2] + 1, ()))  # 200 minus the delay
+        before = torch.cat([torch.zeros_like(x[:1]), x[:-1]])  # the frame before each one
+        x = torch.cat([before[..., kept:], x[..., :kept]], 2)
     return (x + noise) @ cosine_transform(x.shape[-1], x.device)
 
 
@@ -494,7 +495,7 @@ def read_ndjson(args):
                     strokes.append(list(zip(x, y, strict=True)))
                 moves = pen_moves(strokes, y_sign=-1)
                 key = drawing.get("key_id") or number
-                word = drawing.get("word", "")
+                word = drawing.get("word") or ""
             except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
                 common.fail(
                     f"{file}: line {number} is no drawing, {error!r}; one looks like "
@@ -504,7 +505,7 @@ def read_ndjson(args):
 
 
 def read_speech(args):
-    """Free Spoken Digit Dataset: recordings 0-4 of each speaker and digit test, 5-9 validate."""
+    """Free Spoken Digit Dataset. Of each speaker and digit, 0-4 are for test, 5-9 validation."""
     import common
 
     folder = common.data_folder(args) / "free-spoken-digit-dataset-1.0.10" / "recordings"
@@ -576,7 +577,7 @@ def decode_wav(content):
             header = chunk
         if name == b"data":
             data = chunk
-            if len(data) < size < 0x7FFF0000:  # more: unknown when the header was written
+            if len(data) < size < 0x7FFF0000:  # a larger one: the writer, a pipe, did not know it
                 raise ValueError(f"cut short: {len(data)} bytes of sound, its header says {size}")
         at += 8 + size + size % 2
     if len(header) < 16:
@@ -589,12 +590,12 @@ def decode_wav(content):
     if tag != 1 or bits not in (8, 16, 24, 32):
         raise ValueError(f"its samples are not integers of 8 to 32 bits: format {tag}, {bits} bits")
     width = bits // 8
-    n = len(data) // max(1, width * channels)
-    if not n or not rate:
-        raise ValueError("its header says that it has no samples")
+    if not data or not channels or not rate:
+        raise ValueError("its header says that it has no samples, channels or rate")
+    n = len(data) // (width * channels)
     x = torch.frombuffer(bytearray(data), dtype=torch.uint8, count=n * channels * width)
     x = x.view(-1, width)
-    if width == 1:  # unsigned, and noise for the lower byte
+    if width == 1:  # unsigned, which a flipped top bit makes signed; the missing byte is random
         low = torch.randint(256, x.shape, generator=torch.Generator().manual_seed(0)).byte()
         x = torch.cat([low, x ^ 128], 1)
     x = x[:, -2:].contiguous()  # the upper two bytes, as the lowest comes first
@@ -648,23 +649,19 @@ def download(url, folder, pattern, sha256):
 
 
 # ---------------------------------------------------------------------------
-# pictures of samples x (B, T, D) with lengths (B,); each name labels one row of equally many
+# pictures of samples x (B, T, D) with lengths (B,): one row per name, equally many samples each
 
 
 @torch.no_grad()
 def draw_pictures(model, facts, args, folder):
-    """Draw args.sample samples, or a few more to fill the last row; if it is None, 8 per row.
-
-    A row is a class, and without labels there are 10 rows.
-    """
-    names = args.classes or facts["classes"] or [""] * 10
+    """Draw at least args.sample samples, or 8 per row: one row per class, or rows without name."""
+    names = args.classes or facts["classes"]
     columns = 8
-    if args.sample and facts["classes"]:
-        names = names[: args.sample]
-        columns = math.ceil(args.sample / len(names))
+    if not names:
+        columns = min(args.sample or 8, 8)
+        names = [""] * math.ceil((args.sample or 80) / columns)
     elif args.sample:
-        columns = min(args.sample, 8)
-        names = [""] * math.ceil(args.sample / columns)
+        columns = math.ceil(args.sample / len(names))
     y = None
     if facts["classes"]:
         y = [facts["classes"].index(name) for name in names]
@@ -682,7 +679,8 @@ def draw_rows(x, lengths, names, facts, folder):
     import common
 
     images = x[:, None].unflatten(0, (len(names), -1))  # (rows, columns, 1, H, W)
-    common.save_grid(folder / "samples.png", images, names)
+    title = "drawn by the model, row by row"
+    common.save_grid(folder / "samples.png", images, title, names)
 
 
 def draw_pen(x, lengths, names, facts, folder):
@@ -703,6 +701,7 @@ def draw_pen(x, lengths, names, facts, folder):
             ax.plot(*stroke.T, "k-", linewidth=1)
             if len(stroke) == 1:
                 ax.plot(*stroke.T, "k.", markersize=3)
+    ax.set_title("written by the model")
     ax.set(aspect="equal", xlim=(-0.5, columns - 0.5), ylim=(0.5 - len(names), 0.5), xticks=[])
     ax.set_yticks([-row for row in range(len(names))], names, parse_math=False)
     ax.tick_params(length=0)
@@ -766,6 +765,7 @@ def time_axes(names, columns, seconds, unit):
     for ax, name in zip(axes, names, strict=True):
         ax.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=9, parse_math=False)
         ax.locator_params(axis="y", nbins=3)
+    figure.suptitle("spoken by the model")
     figure.supxlabel("seconds")
     figure.supylabel(unit)
     return figure, axes
@@ -865,7 +865,7 @@ def load_sequences(args, read):
     for name, part in zip(("train", "validate", "test"), parts, strict=True):
         known = [(x, label) for x, label in part if label in classes]
         if len(known) < len(part):
-            print(f"left out: {len(part) - len(known)} to {name}, whose class has none to train on")
+            print(f"left out: {len(part) - len(known)} to {name}, of classes with none to train on")
         if args.dry_run:
             known = known[: args.batch_size]
         if not known:
@@ -896,7 +896,7 @@ def load_data(args, checkpoint):
     if kind != "rows":
         columns = 2 if kind == "pen" else train.frames.shape[1]  # pen-up stays 0 or 1
         rms = train.frames[:, :columns].cpu().double().square().mean().sqrt()
-        scale = float(f"{rms:.6g}") or 1.0  # 1 if all data are 0
+        scale = float(f"{rms:.6g}") or 1.0  # the same on all machines; 1 if all data are 0
         if checkpoint:
             scale = checkpoint["scale"]
         for part in parts:
@@ -922,7 +922,9 @@ def evaluate(model, part, samples=1):
         return model(*part.batch(index, index.cpu()), k=k)
 
     order = part.lengths.argsort()
-    at_once = max(32, 5000 // int(part.cpu_lengths.max()))  # so that memory is bounded
+    at_once = max(
+        32, 5000 // int(part.cpu_lengths.max())
+    )  # about 5000 steps in memory, or 32 sequences
     return common.evaluate(terms, order, samples=samples, at_once=at_once)
 
 
