@@ -36,7 +36,7 @@ saved_in = None  # the last good checkpoint: messages say how to resume it
 
 def start(main):
     """Run a script's main(). Ctrl-C, unusable files and too little memory end it in one line."""
-    os.environ["MPLBACKEND"] = "agg"  # one left by a notebook could not be imported
+    os.environ["MPLBACKEND"] = "agg"  # a notebook may have set one that can't be imported
     if sys.stdout is None:  # closed by the caller
         sys.stdout = io.StringIO()
     try:
@@ -48,7 +48,7 @@ def start(main):
     except (OSError, MemoryError) as error:
         fail(str(error) or type(error).__name__)
     except RuntimeError as error:
-        if "allocate" not in str(error):
+        if "allocate" not in str(error) and "out of memory" not in str(error):
             raise
         fail(f"out of memory: {error}")
 
@@ -261,6 +261,7 @@ def load_images(args):
     Returns a namespace: train, valid and test are pairs of grey images (N, 1, H, W) uint8 and
     labels (N,) int64; shape is (1, H, W), classes are the labels' names, dataset is what was read.
     """
+    socket.setdefaulttimeout(10)  # seconds, for each mirror of a download
     dataset = args.dataset
     if dataset == "auto":
         dataset = "mnist"
@@ -299,14 +300,11 @@ def find_or_download(args, dataset):
     root = data_folder(args)
     if list((root / kind.__name__ / "raw").glob("*")):
         return True
-    socket.setdefaulttimeout(10)  # seconds, for each mirror
     with tempfile.TemporaryDirectory() as temporary:  # nothing is left behind if it fails
         try:
             kind(temporary, download=True)
         except (RuntimeError, OSError):
             return False
-        finally:
-            socket.setdefaulttimeout(None)
         shutil.copytree(temporary, root, dirs_exist_ok=True)
     return True
 
@@ -375,11 +373,13 @@ def read_folder(args):
             left_out += 1
             continue
         tenth = zlib.crc32(os.fsencode(name.as_posix())) % 10
-        part = 0
-        if tenth < 2:
-            part = 2 - tenth
+        part = 0  # training
+        if tenth == 1:
+            part = 1  # validation
+        if tenth == 0:
+            part = 2  # test
         images[part].append(load_image(path, args.image_size))
-        labels[part].append(name.parts[0].encode(errors="replace").decode())  # if it is no UTF-8
+        labels[part].append(name.parts[0].encode(errors="replace").decode())  # not UTF-8: "?"
     classes = sorted(set(labels[0]))
     if classes and set(classes) <= {"train", "val", "valid", "validation", "test"}:
         fail(f"{root}: {', '.join(classes)} are not classes; put all images of a class together")
@@ -392,7 +392,7 @@ def read_folder(args):
         numbers = torch.tensor([classes.index(y[i]) for i in known])
         parts.append((torch.stack([x[i] for i in known]), numbers))
     if left_out:
-        print(f"left out: {left_out} files (hidden, not images, or of classes without training)")
+        print(f"left out: {left_out} files (hidden, no images, or of classes not trained on)")
     x, _ = parts[0]
     if x.min() == x.max():
         fail(f"{root}: all pixels have the value {x.min()}")
@@ -418,8 +418,8 @@ def load_image(path, size):
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             opacity = np.asarray(image)[:, :, 3] / 255
-            ink = (np.asarray(image.convert("L")) * opacity).sum() / max(1, opacity.sum())
-            ground = 0 if ink > 127 else 255  # light ink on black, dark ink on white
+            brightness = (np.asarray(image.convert("L")) * opacity).sum() / max(1, opacity.sum())
+            ground = 0 if brightness > 127 else 255  # light ink on black, dark ink on white
             paper = Image.new("RGBA", image.size, (ground, ground, ground, 255))
             image = Image.alpha_composite(paper, image)
         image = image.convert("L").resize((size, size), Image.Resampling.BILINEAR)
@@ -472,9 +472,10 @@ def epoch_order(args, epoch, n, lengths=None):
     gets its part of every step, and noise of its own.
     """
     rank, world = rank_and_world()
-    seed = hash((args.seed, epoch))
+    seed = hash((args.seed, epoch))  # of integers: the same in every process
     torch.manual_seed(seed)
-    size = max(1, min(args.batch_size, n) // world) * world
+    share = max(1, min(args.batch_size, n) // world)  # of a process
+    size = share * world
     steps = n // size
     index = torch.randperm(n)[: steps * size]
     if lengths is not None:
@@ -529,7 +530,7 @@ def evaluate(model, *tensors, samples=1, at_once=4096):
     rank, world = rank_and_world()
     torch.manual_seed(rank)
     allow_tf32(False)
-    k = min(samples, 64, at_once)
+    k = min(samples, 64, at_once)  # samples of z in one call
     batches = list(zip(*[tensor.split(at_once // k) for tensor in tensors], strict=True))
     sums = []
     for batch in progress("evaluated batch", batches[rank::world]):
@@ -537,7 +538,8 @@ def evaluate(model, *tensors, samples=1, at_once=4096):
         for done in range(0, samples, k):
             parts.append(model(*batch, k=min(k, samples - done)))
         log_px, kl, log_w = [torch.cat(terms) for terms in zip(*parts, strict=True)]
-        sums.append(torch.stack([-log_px.mean(0), kl.mean(0), -log_mean_exp(log_w)]).sum(1))
+        terms = torch.stack([-log_px.mean(0), kl.mean(0), -log_mean_exp(log_w)])  # (3, B)
+        sums.append(terms.sum(1))
     total = torch.zeros(3, dtype=torch.float64)
     if sums:
         total = torch.stack(sums).cpu().double().sum(0)
@@ -591,7 +593,7 @@ def new_folder(args, script):
         n = 0
         while folder is None:
             n += 1
-            with contextlib.suppress(FileExistsError):  # or made by another run at this moment
+            with contextlib.suppress(FileExistsError):  # perhaps by another run, just now
                 Path(f"out/{script}-{n}").mkdir(parents=True)
                 folder = Path(f"out/{script}-{n}")
     atexit.register(remove_empty, folder)
@@ -662,9 +664,9 @@ def begin(args, checkpoint, facts, parts):
 
 
 def restore(args, checkpoint, facts, parts):
-    """Load a checkpoint into the parts; its rows.
+    """Load a checkpoint into the parts, and return its rows.
 
-    Shipped weights have the model alone: their training begins anew, on any data.
+    A file of weights alone, without an optimizer, starts a new training, on any data.
     """
     path = checkpoint["path"]
     for name, value in facts["model_args"].items():
@@ -696,7 +698,7 @@ def folder_to_continue(args, path, rows):
         return None
     results = path.parent / "results.json"
     finished = results.exists() and json.loads(results.read_text())["epochs"] == len(rows)
-    if args.epochs > len(rows) or not finished:
+    if args.epochs > len(rows) or not finished:  # more to train, or not yet tested
         return path.parent
     if args.epochs > 0:
         print(f"{path.parent} is finished, see its results.json; train more with --epochs N, or")
@@ -733,11 +735,11 @@ def end_epoch(args, rows, began, steps, valid, cost_of=None):
 
     # time left: the later epochs, and the test
     costs = []
-    for epoch in range(max(args.epochs, len(rows))):
+    for epoch in range(args.epochs):
         costs.append(cost_of(epoch) if cost_of else 1)
     done = sum(costs[: len(rows)])
     left = sum(r["seconds"] for r in rows) * (sum(costs) - done) / done
-    left += 2 * args.test_samples * valid["seconds"]  # MNIST has twice as many to test
+    left += 2 * args.test_samples * valid["seconds"]  # twice as many images, in MNIST
     minutes, seconds = divmod(round(left), 60)
     clock = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
     star = "*" if row["best"] else " "
@@ -745,7 +747,7 @@ def end_epoch(args, rows, began, steps, valid, cost_of=None):
     digits = 2 if abs(row["valid_neg_elbo"]) < 1000 else 1  # a line has at most 80 columns
     train = f"{row['train_neg_elbo']:.2f}"
     text = f"epoch {number:>7}  train {train}  valid {describe(valid, digits)} {star}"
-    print(f"{text:65} {clock:>8} left", flush=True)  # hides the live line
+    print(f"{text:65} {clock:>8} left", flush=True)  # padded, to overwrite the live line
     return row["best"]
 
 
@@ -767,7 +769,7 @@ def write(path, content):
 
 
 def save(folder, facts, rows, parts):
-    """Write log.csv, curve.png, checkpoint.pt and, if it is new or the epoch the best, best.pt."""
+    """Write log.csv, curve.png, checkpoint.pt, and best.pt if this epoch is the best."""
     global saved_in
     state = {name: part.state_dict() for name, part in parts.items()}
     checkpoint = io.BytesIO()
@@ -808,7 +810,7 @@ def draw_curve(folder, rows):
 
 def finish(args, folder, facts, rows, model, test):
     """Write results.json and print its figures, the test's and those of the best epoch."""
-    results = {**facts, "test_nll": None}
+    results = {**facts, "test_nll": None}  # None if it was not estimated
     results.update({f"test_{name}": value for name, value in test.items()})
     for row in rows:
         if row["best"]:  # the last of them is the best of all
@@ -881,6 +883,7 @@ def save_animation(path, canvases, windows=()):
         boxes = torch.stack([g_x - half, g_y - half, g_x + half, g_y + half], 1)  # in [-1, 1]
         boxes = (boxes.clamp(-0.99, 0.99) + 1) / 2 * size
         for i in range(n):
+            # step is a view of images
             step[i] = draw_bounding_boxes(step[i], boxes[i : i + 1], colors="red", width=2)
     frames = [to_pil_image(make_grid(step, min(n, 10), pad_value=0.3)) for step in images]
     durations = [120] * (steps - 1) + [2000]  # milliseconds

@@ -263,7 +263,7 @@ def recorded(model, *names):
 
 
 def fit(model, inputs, steps):
-    """Train a model on the bound of (..., log_w): its losses."""
+    """Minimise minus the mean of the model's third output, log_w; return the losses."""
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
     losses = []
     for _ in range(steps):
@@ -329,19 +329,21 @@ class ModelTests:
                     self.assert_close(a, c, 1e-3)
 
     def test_extremes_stay_finite(self):
-        """Certain decoders, silence and distant data give finite terms and gradients."""
+        """Decoders with huge logits, data of zeros, data far away: terms, gradients, samples."""
         for name, model, (x, *others) in self.models():
+            # DRAW's first canvas, or the last bias of a decoder
             biases = [p for n, p in model.named_parameters() if re.search(r"^c_0|\bdec\..*bias", n)]
-            for logit, factor in ((1e4, 0), (-1e4, 0), (0, 1e3)):  # data: silence, and far away
+            for logit, factor in ((1e4, 0), (-1e4, 0), (0, 1e3)):
                 with self.subTest(name, logit=logit):
                     biases[-1].data.fill_(logit)
+                    data = x.clone()
                     if getattr(model, "likelihood", "bernoulli") != "bernoulli":
-                        x[..., :2] *= factor
+                        data[..., :2] *= factor
                     model.zero_grad()
-                    terms = model(x, *others)
+                    terms = model(data, *others)
                     sum(term.sum() for term in terms).backward()
                     grads = [p.grad for p in model.parameters() if p.grad is not None]
-                    for values in (*terms, *grads, self.draw(model, (x, *others))):
+                    for values in (*terms, *grads, self.draw(model, (data, *others))):
                         self.assertTrue(values.isfinite().all(), values)
 
     def test_wrong_images_are_refused(self):
@@ -526,7 +528,7 @@ class TestCommon(Case):
             self.assertIn("epoch 2: valid_neg_elbo is not finite", err.getvalue())
 
     def test_epoch_lines_fit_80_columns(self):
-        """Densities of speech, per cent, and many hours left, too."""
+        """Also with the large densities of speech, error rates, and many hours left."""
         for figures in (
             {"neg_elbo": 72.15, "rec": 50.19, "kl": 21.96},
             {"neg_elbo": -4883.31, "rec": -5005.27, "kl": 121.96},
@@ -1565,12 +1567,16 @@ class TestScripts(Case):
     def test_every_script_as_its_users_run_it(self):
         """As a program, on own images whose classes have unusual names."""
 
-        def first(script):
-            left = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}  # of a launcher: no matter
+        def dry_run(script):
+            leftover = {
+                "RANK": "1",
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": "1",
+            }  # of a launcher; must have no effect
             process = popen(
                 script,
                 f"--dry-run --dataset folder --data-dir in --out-dir {script}",
-                env={**os.environ, **left},
+                env={**os.environ, **leftover},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -1581,7 +1587,7 @@ class TestScripts(Case):
         self.assertEqual(scripts, set(SCRIPTS), "a script without tests")
         write_images("in", 60)
         with ThreadPoolExecutor(2) as pool:
-            for script, (out, err), status in pool.map(first, SCRIPTS):
+            for script, (out, err), status in pool.map(dry_run, SCRIPTS):
                 with self.subTest(script):
                     self.assertEqual(status, 0, err)
                     self.assertIn("-log p", out.splitlines()[-2])
@@ -1847,7 +1853,8 @@ class TestScripts(Case):
 
     def test_ctrl_c_says_how_to_resume_and_a_terminal_sees_a_live_line(self):
         """On a pseudo-terminal."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # below nohup it is ignored
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
+        self.addCleanup(signal.signal, signal.SIGINT, handler)
         terminal, end = pty.openpty()
         write_images("in", 600)
         flags = "--dataset folder --data-dir in --batch-size 4 --iw 64 --epochs 99 --out-dir run"
