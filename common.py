@@ -55,7 +55,7 @@ def start(main):
 
 def fail(message):
     """End the program with one line on standard error and exit status 2."""
-    line = message.split("\n")[0]
+    line = message.replace("\n", " ")[:400]
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(2)
 
