@@ -41,7 +41,9 @@ import tempfile
 import threading
 import time
 import unittest
+import wave
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -633,6 +635,54 @@ class TestCommon(Case):
         exif[0x112] = 6
         self.assertEqual(read(exif=exif), 4 * [0] + 4 * [255])
 
+    def test_floats_are_scaled_or_refused(self):
+        """An image of floats is one of 0 to 1."""
+        values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+        Image.fromarray(values).save("a.tiff")
+        Image.fromarray(2 * values).save("b.tiff")
+        pixels = common.load_image(Path("a.tiff"), 8)[0]
+        self.assert_close(pixels, 255 * values, 0.6)
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err), self.assertRaises(SystemExit):
+            common.load_image(Path("b.tiff"), 8)
+        self.assertIn("b.tiff: not an image to learn from", err.getvalue())
+
+    def test_images_of_all_kinds_are_taken(self):
+        """The pixels of a GIF or a JFIF file are those of the PNG."""
+        x, _ = glyphs()
+        for i in range(60):
+            image = Image.fromarray(x[i, 0].numpy())
+            for name, options in (("png", {}), ("gif", {}), ("jfif", {"format": "JPEG"})):
+                folder = Path(name, "ab"[i % 2])
+                folder.mkdir(parents=True, exist_ok=True)
+                image.save(folder / f"{i}.{name}", **options)
+        for name in ("png", "gif", "jfif"):
+            with self.subTest(name):
+                data, out = images_of(f"--dataset folder --data-dir {name}")
+                found = torch.cat([data.train[0], data.valid[0], data.test[0]]).float()
+                self.assertEqual(len(found), 60)
+                self.assert_close(found.mean(), x[:60].float().mean(), 0.05)  # JPEG rings
+                self.assertNotIn("left out", out)
+
+    def test_classes_without_training_images_are_left_out(self):
+        """Their images are counted."""
+        write_images("in", 90)
+        os.mkdir("in/rare")
+        count = 0
+        for i in range(40):
+            name = f"rare/{i}.png"
+            if zlib.crc32(name.encode()) % 10 < 2:  # not for training
+                Image.new("L", (8, 8), 9).save(f"in/{name}")
+                count += 1
+        data, out = images_of("--dataset folder --data-dir in")
+        self.assertEqual(len(data.classes), 3)
+        self.assertIn(f"left out: {count} files", out)
+
+    def test_grey_images_are_said_to_become_black_or_white(self):
+        write_images("in", 90)
+        _, out = images_of("--dataset folder --data-dir in")
+        self.assertIn("vae.py --likelihood gaussian --sigma 0.1", out)
+
     def test_mnist_is_downloaded_from_any_mirror_and_checked(self):
         """One mirror is dead, one is good, one has damaged files."""
         sums = write_mnist("good", 5000 * [1] + 100 * [2], 50 * [3])
@@ -1153,10 +1203,24 @@ def drawing(i):
     return json.dumps({"word": f"the {i % 2}", "drawing": strokes}) + "\n"
 
 
+def wav_bytes(n):
+    """A plain WAV file of n samples of 16 bits."""
+    content = io.BytesIO()
+    with wave.open(content, "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", None))
+        file.writeframes(bytes(2 * n))
+    return content.getvalue()
+
+
 def make_bad_sequences():
     """Files that vrnn.py can't read, in the folder bad."""
     for name, content in (
         ("wav/a.wav", b"?"),
+        ("cut/a.wav", wav_bytes(900)[:-90]),
+        ("silent/a.wav", wav_bytes(0)),
+        ("floats/a.wav", wav_bytes(900).replace(b"\x10\0\0\0\1\0", b"\x10\0\0\0\3\0")),
+        ("points/a.ndjson", b'{"word": "a", "drawing": [[[0.5, 1], [2, 3]]]}'),
+        ("utf16/a.ndjson", '{"word": "a"}'.encode("utf-16")),
         ("ndjson/a.ndjson", b"{}"),
         ("pendigits/pendigits-orig.tra.Z", b"\x1f\x9d\x90short"),
     ):
@@ -1398,6 +1462,28 @@ class TestVRNN(BoundTests, Case):
         self.assertEqual(set(parts), {0, 1, 2})
         self.train("vrnn", "--dataset ndjson --data-dir in --conditional --dry-run")
 
+    def test_raw_drawings_and_jsonl_are_taken(self):
+        """The raw format has the times of the points, which are left out."""
+        os.mkdir("in")
+        line = '{"word": "cat", "drawing": [[[0, 5], [1, 3], [0, 17]]]}'
+        Path("in/a.jsonl").write_text(line)
+        Path("in/b.ndjson.gz").write_bytes(b"?")
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            ((_, x, label),) = vrnn.read_ndjson(SimpleNamespace(data_dir="in"))
+        self.assertEqual(label, "cat")
+        self.assertEqual(x.tolist(), [[0, 0, 0], [5, -2, 1]])
+        self.assertIn("left out: 1 file", out.getvalue())
+
+    def test_streamed_recordings_have_no_size(self):
+        """A program that writes into a pipe can't know it."""
+        write_wav("a.wav", 900)
+        content = bytearray(Path("a.wav").read_bytes())
+        at = content.index(b"data") + 4
+        content[at : at + 4] = b"\xff\xff\xff\xff"
+        Path("b.wav").write_bytes(content)
+        self.assert_same(vrnn.read_frames(Path("b.wav")), vrnn.read_frames(Path("a.wav")))
+
     def test_pendigits_are_split_by_their_files(self):
         """The last tenth of the training file validates."""
         os.mkdir("pendigits")
@@ -1487,6 +1573,16 @@ BAD = [
     ("vae", "--data-dir bad", "MNIST"),
     ("vae", "--dataset folder --data-dir none", "none"),
     ("vae", "--dataset folder --data-dir bad", "bad/12/1.png"),
+    ("vae", "--dataset folder --data-dir flat", "all pixels have the value 7"),
+    ("vae", "--dataset folder --data-dir parts", "test, train, val are not classes"),
+    ("vae", "--epoch 3", "did you mean --epochs?"),
+    ("vae", "--resume model.pt", "it lacks 'model'"),
+    ("vae", "--resume args.pt", "it lacks 'model_args'"),
+    ("vae", "--resume half.pt", "damaged, or of another model"),
+    ("vae", "--resume compiled.pt --sample 1", "_orig_mod."),
+    ("vae", "--resume unknown.pt --sample 1", "unexpected keyword argument 'colour'"),
+    ("vae", "--resume shapes.pt --sample 1", "size mismatch"),
+    ("draw", "--hidden 99999999999", "--hidden: must be from 1"),
     ("cvae", "--quadrants 4", "--quadrants"),
     ("cvae", "--z-dim -1", "--z-dim"),
     ("cvae", "--warm-up 0", "--warm-up"),
@@ -1506,8 +1602,14 @@ BAD = [
     ("vrnn", "--dataset wav --data-dir bad/flat --conditional", "label"),
     ("vrnn", "--dataset wav --data-dir none", "none"),
     ("vrnn", "--dataset wav --data-dir bad/wav", "a.wav: not a WAV file"),
+    ("vrnn", "--dataset wav --data-dir bad/cut", "a.wav: cut short: 1710 bytes"),
+    ("vrnn", "--dataset wav --data-dir bad/silent", "a.wav: its header says that it has no"),
+    ("vrnn", "--dataset wav --data-dir bad/floats", "a.wav: its samples are floats"),
+    ("vrnn", "--dataset ndjson --data-dir bad/points", "must be whole numbers"),
+    ("vrnn", "--dataset ndjson --data-dir bad/utf16", "a.ndjson: not UTF-8 text"),
+    ("vrnn", "--dataset ndjson --data-dir none", "no such folder"),
     ("vrnn", "--dataset wav --data-dir bad/long", "long.wav: 400001 samples"),
-    ("vrnn", "--dataset ndjson --data-dir bad", "a.ndjson: line 1 is no drawing"),
+    ("vrnn", "--dataset ndjson --data-dir bad/ndjson", "a.ndjson: line 1 is no drawing"),
     ("vrnn", "--dataset pendigits --data-dir bad", "pendigits-orig.tra.Z: damaged"),
 ]
 
@@ -1902,9 +2004,40 @@ class TestScripts(Case):
             self.assertEqual(main(["TestDrwa"]), 2)
         self.assertIn("TestDraw.test_probabilities_sum_to_one", err.getvalue())
 
+    def make_bad_checkpoints(self):
+        """Changed copies of run/best.pt."""
+        state = load("run/best.pt")
+        args = state["model_args"]
+        compiled = {f"_orig_mod.{name}": value for name, value in state["model"].items()}
+        torch.save({**state, "model": compiled}, "compiled.pt")
+        torch.save({**state, "model_args": {**args, "colour": 3}}, "unknown.pt")
+        torch.save({**state, "model_args": {**args, "z_dim": 7}}, "shapes.pt")
+        for name, missing in (("model", "model"), ("args", "model_args"), ("half", "weights")):
+            kept = {key: value for key, value in state.items() if key != missing}
+            torch.save(kept, f"{name}.pt")
+
+    def make_bad_images(self):
+        """Images of one grey, and folders that are parts instead of classes."""
+        for i in range(60):
+            for name in ("flat/a", "parts/train", "parts/val", "parts/test"):
+                Path(name).mkdir(parents=True, exist_ok=True)
+                Image.new("L", (8, 8), 7).save(f"{name}/{i}.png")
+
+    def test_a_notebooks_backend_and_closed_output_do_no_harm(self):
+        """MPLBACKEND is one that can't be imported here."""
+        write_images("in", 60)
+        flags = "--dry-run --dataset folder --data-dir in --hidden 8"
+        command = f"{sys.executable} {HERE}/vae.py {flags} --out-dir run >&-"
+        env = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.nowhere"}
+        done = subprocess.run(command, shell=True, env=env, stderr=subprocess.PIPE, text=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertTrue(Path("run/samples.png").exists())
+
     def test_bad_input_is_one_line_and_status_2(self):
         """And no file is changed or left."""
         self.train("vae", "--epochs 1 --out-dir run")
+        self.make_bad_checkpoints()
+        self.make_bad_images()
         Path("cut.pt").write_bytes(Path("run/best.pt").read_bytes()[:1000])
         torch.save({"x": 1}, "other.pt")
         torch.save(SimpleNamespace(script="vae"), "code.pt")
