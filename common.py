@@ -817,7 +817,7 @@ def finish(args, folder, facts, rows, model, test):
             results.update(
                 {name: value for name, value in row.items() if name.startswith("valid_")}
             )
-    if "valid_error" in results:
+    if "valid_error" in results:  # the usual name of a classifier's error
         results["val_error"] = results.pop("valid_error")
     speeds = [row["examples_per_second"] for row in rows] or [0.0]
     results.update(

@@ -410,6 +410,7 @@ def main(argv=None):
     average = common.averaged(model)
     best = copy.deepcopy(average.module)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    # what a checkpoint holds; its "model" is the one with the best validation
     parts = {"weights": model, "average": average, "optimizer": optimizer, "model": best}
     facts = common.facts("cvae", args, data, model_args)
     folder, rows = common.begin(args, checkpoint, facts, parts)
@@ -446,8 +447,8 @@ def main(argv=None):
     x_test = common.binarise(data.test[0], seed=2)
     y_test = given(x_test, data.test[1])
     test = common.evaluate(best, x_test, y_test, samples=args.test_samples)
-    common.finish(args, folder, facts, rows, best, test)
     draw_pictures(best, x_test[:8], y_test[:8], data.classes, folder)
+    common.finish(args, folder, facts, rows, best, test)
 
 
 if __name__ == "__main__":

@@ -354,13 +354,16 @@ def main(argv=None):
     average = common.averaged(model)
     best = copy.deepcopy(average.module)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    # what a checkpoint holds; its "model" is the one with the best validation
     parts = {"weights": model, "average": average, "optimizer": optimizer, "model": best}
     facts = common.facts("draw", args, data, model_args)
     min_glimpses = 4
-    if checkpoint:  # never fewer than its best model has
+    if (
+        checkpoint
+    ):  # shipped weights start at epoch 0, but with all the glimpses they were trained on
         min_glimpses = checkpoint["model_args"]["glimpses"]
         best.glimpses = min_glimpses
-        model_args["glimpses"] = min_glimpses
+        facts["model_args"]["glimpses"] = min_glimpses
     folder, rows = common.begin(args, checkpoint, facts, parts)
     if args.compile:
         model.step = torch.compile(model.step)
@@ -388,6 +391,7 @@ def main(argv=None):
 
         # validation, and the checkpoint
         valid = common.evaluate(average.module, x_valid, at_once=1024)
+        # an epoch takes time in proportion to its glimpses, which counts for the time left
         is_best = common.end_epoch(args, rows, began, steps, valid, cost_of=glimpses_in)
         if is_best:
             best.load_state_dict(average.module.state_dict())
@@ -399,8 +403,8 @@ def main(argv=None):
     # test and pictures
     x_test = common.binarise(data.test[0], seed=2)
     test = common.evaluate(best, x_test, samples=args.test_samples, at_once=1024)
-    common.finish(args, folder, facts, rows, best, test)
     draw_pictures(best, 40, args.temperature, folder)
+    common.finish(args, folder, facts, rows, best, test)
 
 
 if __name__ == "__main__":

@@ -446,6 +446,7 @@ def main(argv=None):
     average = common.averaged(model)
     best = copy.deepcopy(average.module)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    # what a checkpoint holds; its "model" is the one with the best validation
     parts = {"weights": model, "average": average, "optimizer": optimizer, "model": best}
     facts = common.facts("ssl_vae", args, data, model_args)
     folder, rows = common.begin(args, checkpoint, facts, parts)
@@ -502,8 +503,8 @@ def main(argv=None):
 
     # test and pictures
     test = scores(best, *data.test, seed=2, samples=args.test_samples)
-    common.finish(args, folder, facts, rows, best, test)
     draw_pictures(best, data.test[0][:10] / 255, data.classes, folder)
+    common.finish(args, folder, facts, rows, best, test)
 
 
 if __name__ == "__main__":

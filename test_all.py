@@ -87,7 +87,7 @@ SMALL = {  # flags of small models
 CLASSES = ["12", "o k", "\u00e9\udce9 $"]  # of own images; the last is no UTF-8
 ENDINGS = ("png", "jpg", "JPEG", "bmp")
 FIGURES = {"neg_elbo": 1e9, "rec": 1e9, "kl": 0.0, "nll": 1e9, "seconds": 1.0}
-load_images = common.load_images
+load_images = common.load_images  # the real one, which run() replaces
 
 
 # ---------------------------------------------------------------------------
@@ -98,7 +98,7 @@ class Case(unittest.TestCase):
     """A test works in an empty folder of its own, with the same random numbers every time."""
 
     def setUp(self):
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # but the moments of kills stay random
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.addCleanup(os.chdir, os.getcwd())
@@ -298,7 +298,7 @@ class ModelTests:
     """`models` yields, for every code path: a name, a small model and its inputs, x first."""
 
     def draw(self, model, inputs):
-        return model.sample(*inputs[1:] or [6])
+        return model.sample(*(inputs[1:] or [6]))
 
     def test_examples_are_independent(self):
         """Terms are sums per example: a batch that comes twice changes none of them."""
@@ -340,7 +340,7 @@ class ModelTests:
                     biases[-1].data.fill_(logit)
                     data = x.clone()
                     if getattr(model, "likelihood", "bernoulli") != "bernoulli":
-                        data[..., :2] *= factor
+                        data[..., :2] *= factor  # a pen's third value stays binary
                     model.zero_grad()
                     terms = model(data, *others)
                     sum(term.sum() for term in terms).backward()
@@ -1078,7 +1078,8 @@ class TestDraw(BoundTests, Case):
                 p = normal(*seen["prior"][0][1].chunk(2, 1))
                 if "standard" in name:
                     p = Normal(torch.zeros(3), torch.ones(3))
-                z = seen["decoder"][0][0][0][:, :3]
+                inputs, _ = seen["decoder"][0]
+                z = inputs[0][:, :3]
                 logits = model.c_0 + seen["patch"][0][1].view(x.shape)
                 each = Bernoulli(logits=logits).log_prob(x)
                 self.assert_close(log_px, each.sum((1, 2, 3)), 1e-4)
@@ -1126,7 +1127,7 @@ class TestDraw(BoundTests, Case):
         for name, model, inputs in self.models(glimpses=3):
             with self.subTest(name):
                 seen = recorded(model, "prior", "decoder")
-                first = model.sample(*inputs[1:] or [6], 0.0)[0]
+                first = model.sample(*(inputs[1:] or [6]), 0.0)[0]
                 self.assertGreater(first.std(0).max(), 1e-3)
                 z = seen["decoder"][-1][0][0][:, :3]
                 self.assert_close(z, seen["prior"][-1][1][:, :3])
@@ -1275,7 +1276,7 @@ class TestVRNN(BoundTests, Case):
                 net = "prior_net"  # whose inputs are of earlier steps
                 step = 3
                 if model.prior_net is None:
-                    net = "dec"
+                    net = "dec"  # which also sees z_t, whose posterior sees x_t
                     step = 2
                 seen = recorded(model, "dec", net)
                 x.requires_grad_()
@@ -1347,7 +1348,9 @@ class TestVRNN(BoundTests, Case):
     def test_it_draws_what_its_density_says(self):
         """Means, covariances and shares of components; temperature scales them."""
         pen = vrnn.VRNN(3, 2, "pen", hidden=4, features=4)
-        out = torch.tensor([0.0, 1.0, -2.0, math.log(4.0), 0.0, 0.8, 1.0])  # as sizes says
+        out = torch.tensor(
+            [0.0, 1.0, -2.0, math.log(4.0), 0.0, 0.8, 1.0]
+        )  # in the order of model.sizes
         r = 0.99 * math.tanh(0.8)
         for temperature in (1.0, 0.5):
             with self.subTest(temperature=temperature):
@@ -1390,7 +1393,7 @@ class TestVRNN(BoundTests, Case):
         frames = lengths.repeat_interleave(lengths)[:, None].expand(-1, 2).float()
         data = vrnn.Sequences(frames, lengths, torch.tensor([1, 0, 0, 1]))
         index = torch.tensor([0, 3, 2])
-        x, n, y = data.batch(index, index)
+        x, n, y = data.batch(index, cpu_index=index)
         self.assertEqual(x.shape, (8, 3, 2))
         self.assertEqual(n.tolist(), [3, 5, 2])
         self.assertEqual(y.tolist(), [1, 1, 0])

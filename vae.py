@@ -395,6 +395,7 @@ def main(argv=None):
     average = common.averaged(model)
     best = copy.deepcopy(average.module)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    # what a checkpoint holds; its "model" is the one with the best validation
     parts = {"weights": model, "average": average, "optimizer": optimizer, "model": best}
     facts = common.facts("vae", args, data, model_args)
     folder, rows = common.begin(args, checkpoint, facts, parts)
@@ -430,8 +431,8 @@ def main(argv=None):
     # test and pictures
     x_test = pixels(data.test[0], seed=2)
     test = common.evaluate(best, x_test, samples=args.test_samples)
-    common.finish(args, folder, facts, rows, best, test)
     draw_pictures(best, x_test, data.test[1], folder)
+    common.finish(args, folder, facts, rows, best, test)
 
 
 if __name__ == "__main__":

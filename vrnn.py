@@ -577,7 +577,7 @@ def decode_wav(content):
             header = chunk
         if name == b"data":
             data = chunk
-            if len(data) < size < 0x7FFF0000:  # a larger one: the writer, a pipe, did not know it
+            if len(data) < size < 0x7FFF0000:  # more is a placeholder, written to a pipe
                 raise ValueError(f"cut short: {len(data)} bytes of sound, its header says {size}")
         at += 8 + size + size % 2
     if len(header) < 16:
@@ -744,7 +744,7 @@ def draw_speech(x, lengths, names, facts, folder):
         row, column = divmod(i, columns)
         sound = loud[i, : n * size]
         name = names[row] or "sample"
-        number = names[:row].count(name) * columns + column  # a class may have several rows
+        number = names[:row].count(names[row]) * columns + column  # a class may have several rows
         write_wav(folder / "sounds" / f"{name}_{number}.wav", sound, rate)
         if column == 0:
             together += [sound, torch.zeros(rate // 5)]
@@ -1028,6 +1028,7 @@ def main(argv=None):
     average = common.averaged(model)
     best = copy.deepcopy(average.module)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    # what a checkpoint holds; its "model" is the one with the best validation
     parts = {"weights": model, "average": average, "optimizer": optimizer, "model": best}
     folder, rows = common.begin(args, checkpoint, facts, parts)
     valid.frames = kind.prepare(valid.frames, scale, seed=1)
@@ -1059,8 +1060,8 @@ def main(argv=None):
     # test and pictures
     test.frames = kind.prepare(test.frames, scale, seed=2)
     figures = evaluate(best, test, samples=args.test_samples)
-    common.finish(args, folder, facts, rows, best, figures)
     draw_pictures(best, facts, args, folder)
+    common.finish(args, folder, facts, rows, best, figures)
 
 
 if __name__ == "__main__":
