@@ -1897,7 +1897,7 @@ class TestScripts(Case):
             if path.name == "cvae.pt":  # it completes images of the test set
                 flags = "--epochs 0 --test-samples 1"
             with self.subTest(path.name):
-                self.train(path.stem.partition("_")[0], f"--resume {path} {flags}")
+                self.train(load(path)["script"], f"--resume {path} {flags}")
 
     def test_sigkill_at_any_moment_loses_nothing(self):
         """Checkpoints are whole at all times, and resuming gives the same run."""
