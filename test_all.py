@@ -783,6 +783,7 @@ class TestVAE(BoundTests, Case):
         gaussians = torch.distributions.Independent(Normal(model.means * std, std), 1)
         weights = torch.distributions.Categorical(logits=model.logits)
         p = torch.distributions.MixtureSameFamily(weights, gaussians)
+        # log_prior leaves out z_dim / 2 * log(2 pi), and z_dim is 4
         log_p = model.log_prior(z[None])[0] - 2 * math.log(2 * math.pi)
         self.assert_close(log_p, p.log_prob(z))
         self.assert_close(z.mean(0), p.mean, 5e-2)
@@ -1091,6 +1092,7 @@ class TestDraw(BoundTests, Case):
         """Given the z of `forward`, `sample` ends with the same canvas."""
 
         def noise(mu):  # with which `sample` draws the z of `forward`
+            # the prior has been called once per step so far, this one included
             z = zs[len(seen["prior"]) - 1]
             p = normal(*seen["prior"][-1][1].chunk(2, 1))
             return (z - p.mean) / p.stddev
@@ -1190,6 +1192,7 @@ def write_wav(path, n, rate=8000, channels=1, width=2):
     tag = 0xFFFE if width > 2 else 1
     bits = 8 * width
     header = struct.pack("<HHIIHH", tag, channels, rate, 0, width * channels, bits)
+    # size of the extension, valid bits, speakers, format 1 (integers), rest of its GUID
     header += struct.pack("<HHIH14x", 22, bits, 0, 1)
     body = b"WAVEfmt " + struct.pack("<I", len(header)) + header
     body += b"data" + struct.pack("<I", data.size) + data.tobytes()
@@ -1219,6 +1222,7 @@ def make_bad_sequences():
         ("wav/a.wav", b"?"),
         ("cut/a.wav", wav_bytes(900)[:-90]),
         ("silent/a.wav", wav_bytes(0)),
+        # after the size of its header, 16, its format 1 (integers) becomes 3 (floats)
         ("floats/a.wav", wav_bytes(900).replace(b"\x10\0\0\0\1\0", b"\x10\0\0\0\3\0")),
         ("points/a.ndjson", b'{"word": "a", "drawing": [[[0.5, 1], [2, 3]]]}'),
         ("utf16/a.ndjson", '{"word": "a"}'.encode("utf-16")),
@@ -1421,6 +1425,7 @@ class TestVRNN(BoundTests, Case):
         x = torch.arange(1000.0, 1800).view(4, 1, 200)
         for _ in range(9):
             prepared = vrnn.prepare_speech(x, 1.0) @ basis.T
+            # x rises by 1 per sample, so a start n samples later lowers it by n
             late = (x - prepared).flatten()
             n = late[-1].round().item()
             self.assertIn(n, range(201))
