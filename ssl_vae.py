@@ -334,7 +334,7 @@ def flags():
     """The flags of this script."""
     import common
 
-    p = common.parser("ssl_vae", __doc__, epochs=12, batch_size=200, lr=1e-3, test_samples=50)
+    p = common.parser("ssl_vae", __doc__, epochs=12, batch_size=200, lr=1e-3, test_samples=20)
     add = p.add_argument
     count = common.at_least(1)
     add(
