@@ -358,9 +358,8 @@ def main(argv=None):
     parts = {"weights": model, "average": average, "optimizer": optimizer, "model": best}
     facts = common.facts("draw", args, data, model_args)
     min_glimpses = 4
-    if (
-        checkpoint
-    ):  # shipped weights start at epoch 0, but with all the glimpses they were trained on
+    # shipped weights start at epoch 0, but with all the glimpses that they were trained with
+    if checkpoint:
         min_glimpses = checkpoint["model_args"]["glimpses"]
         best.glimpses = min_glimpses
         facts["model_args"]["glimpses"] = min_glimpses
