@@ -652,14 +652,20 @@ class TestCommon(Case):
         x, _ = glyphs()
         for i in range(60):
             image = Image.fromarray(x[i, 0].numpy())
-            for name, options in (("png", {}), ("gif", {}), ("jfif", {"format": "JPEG"})):
+            kinds = (
+                ("png", {}),
+                ("gif", {}),
+                ("jfif", {"format": "JPEG"}),
+            )
+            for name, options in kinds:
                 folder = Path(name, "ab"[i % 2])
                 folder.mkdir(parents=True, exist_ok=True)
                 image.save(folder / f"{i}.{name}", **options)
         for name in ("png", "gif", "jfif"):
             with self.subTest(name):
                 data, out = images_of(f"--dataset folder --data-dir {name}")
-                found = torch.cat([data.train[0], data.valid[0], data.test[0]]).float()
+                parts = [data.train[0], data.valid[0], data.test[0]]
+                found = torch.cat(parts).float()
                 self.assertEqual(len(found), 60)
                 self.assert_close(found.mean(), x[:60].float().mean(), 0.05)  # JPEG rings
                 self.assertNotIn("left out", out)
@@ -1026,7 +1032,12 @@ class TestDraw(BoundTests, Case):
         """Moments of the filters on a wide image, against eqs. 19-26."""
         n = 5
         sizes = {"x": 60, "y": 40}
-        params = torch.tensor([[0.1, -0.2, 1.4, -2.0, 0.3], [0.0, 0.0, 0.7, -2.5, -0.1]])
+        params = torch.tensor(
+            [
+                [0.1, -0.2, 1.4, -2.0, 0.3],
+                [0.0, 0.0, 0.7, -2.5, -0.1],
+            ]
+        )
         g_x, g_y, log_var, log_delta, log_gamma = params.split(1, 1)
         F_y, F_x, gamma = self.module.filterbank(params, n, sizes["y"], sizes["x"])
         self.assert_close(gamma, log_gamma.exp())
@@ -1216,6 +1227,11 @@ def wav_bytes(n):
     return content.getvalue()
 
 
+def save_array(path, x):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, x)
+
+
 def make_bad_sequences():
     """Files that vrnn.py can't read, in the folder bad."""
     for name, content in (
@@ -1232,6 +1248,19 @@ def make_bad_sequences():
         path = Path("bad", name)
         path.parent.mkdir(parents=True)
         path.write_bytes(content)
+    for name, x in (
+        ("nan", np.array([[1.0, math.nan]])),
+        ("cube", np.zeros((2, 2, 2))),
+        ("none", np.zeros((0, 2))),
+        ("objects", np.array([None])),
+        ("words", np.array(["a"])),
+        ("many", np.zeros(2001)),
+        ("wide", np.zeros((2, 3))),
+    ):
+        save_array(f"bad/{name}/b.npy", x)
+    save_array("bad/wide/a.npy", np.zeros((5, 2)))
+    Path("bad/text").mkdir()
+    Path("bad/text/b.npy").write_bytes(b"1, 2, 3")
     write_wav("bad/long/long.wav", 400_001)
     for i in range(30):
         write_wav(f"bad/flat/{i}.wav", 900)
@@ -1391,42 +1420,113 @@ class TestVRNN(BoundTests, Case):
                 after = torch.arange(6)[:, None] >= lengths
                 self.assertEqual(x[after].abs().sum(), 0)
 
+    def test_beginnings_are_continued(self):
+        """They come back unchanged; with none, it is the same as without."""
+        for name, model, (x, _, y) in self.models():
+            with self.subTest(name):
+                if model.end is not None:
+                    model.end.bias.data.fill_(1.0)
+                for steps in (3, 5):
+                    drawn, lengths = model.sample(5, y=y, given=x[:steps])
+                    self.assert_same(drawn[:steps], x[:steps])
+                    self.assertGreaterEqual(lengths.min(), steps)
+                torch.manual_seed(1)
+                expected = model.sample(5, y=y)
+                torch.manual_seed(1)
+                self.assert_same(model.sample(5, y=y, given=x[:0]), expected)
+                with self.assertRaisesRegex(ValueError, "given"):
+                    model.sample(4, y=y, given=x)
+                with self.assertRaisesRegex(ValueError, "given"):
+                    model.sample(9, y=y[:2], given=x)
+
+    def test_continuations_have_their_conditional_probabilities(self):
+        """The frequencies of x_3, x_4 given x_1, x_2, for all binary sequences of one pixel.
+
+        With latent variables q(z|x) is an approximation, which training makes better.
+        """
+        x = binary_images(4).view(16, 4, 1).transpose(0, 1)  # (4, 16, 1)
+        lengths = torch.full((16,), 4)
+        weights = torch.rand(16) ** 4
+        data = x[:, torch.multinomial(weights, 300, replacement=True)]
+        for z_dim, tolerance in ((0, 0.02), (2, 0.05)):
+            with self.subTest(z_dim=z_dim):
+                model = vrnn.VRNN(1, z_dim, "bernoulli", hidden=8, features=8)
+                fit(model, (data, torch.full((300,), 4)), 150)
+                with torch.no_grad():
+                    _, _, log_w = model(x, lengths, k=4000)
+                p = common.log_mean_exp(log_w).exp().view(4, 4)  # of beginning, continuation
+                expected = p / p.sum(1, keepdim=True)
+                given = x[:2, ::4].repeat_interleave(10_000, 1)
+                drawn, _ = model.sample(4, given=given)
+                _, _, x_3, x_4 = drawn[:, :, 0]
+                which = (2 * x_3 + x_4).long().view(4, -1)  # of beginning, repetition
+                found = nn.functional.one_hot(which, 4).double().mean(1)
+                self.assertGreater(expected.max() - expected.min(), 0.2)  # not all the same
+                self.assert_close(found, expected, tolerance)
+
+    def test_completions_see_the_beginning_alone(self):
+        """What comes later in the recording changes the truth only."""
+        args = SimpleNamespace(classes=None, temperature=1.0, z_temperature=1.0)
+        facts = {"classes": ["a", "b"], "steps": 8}
+        model = vrnn.VRNN(3, num_classes=2, likelihood="pen", hidden=8)
+        frames = torch.rand(20, 3).round()
+        pictures = []
+        for later in (0.0, 1.0):
+            frames[9:] = later  # of a recording of 6 steps, and of one of 14
+            lengths = torch.tensor([6, 14])
+            y = torch.tensor([1, 0])
+            data = vrnn.Sequences(frames, lengths, y)
+            torch.manual_seed(0)
+            pictures.append(vrnn.completions(model, facts, args, data))
+        one, two = pictures
+        self.assertEqual(one.row_names, ["a", "b"])
+        self.assertEqual(one.seen, 9 * [7] + 9 * [3])
+        self.assert_same(one.x[0, :3], frames[6:9])
+        self.assertEqual(one.lengths[8::9], [14, 6])
+        beginning = one.x[17, :3]  # of the second truth
+        for way in one.x[10:17]:
+            self.assert_same(way[:3], beginning)
+        self.assert_same(one.x[9:], two.x[9:])
+
     def test_sequences_are_padded_per_batch(self):
         """To the longest of the batch, rounded up to 8."""
         lengths = torch.tensor([3, 1000, 2, 5])
         frames = lengths.repeat_interleave(lengths)[:, None].expand(-1, 2).float()
         data = vrnn.Sequences(frames, lengths, torch.tensor([1, 0, 0, 1]))
         index = torch.tensor([0, 3, 2])
-        x, n, y = data.batch(index, cpu_index=index)
+        x, n, y, joined = data.batch(index, cpu_index=index)
         self.assertEqual(x.shape, (8, 3, 2))
         self.assertEqual(n.tolist(), [3, 5, 2])
         self.assertEqual(y.tolist(), [1, 1, 0])
         for b, length in enumerate(n.tolist()):
             self.assertEqual(x[:length, b].unique().tolist(), [length])
+            expected = 8 * [False]
+            expected[: length - 1] = (length - 1) * [True]
+            self.assertEqual(joined[:, b].tolist(), expected)
 
     def test_strokes_vary_in_training_alone(self):
         """Strokes are stretched and slanted, and rounding is undone by noise."""
         x = torch.zeros(2, 900, 3)
         x[0, :, 0] = x[1, :, 1] = 100
         x[1, :, 2] = 1
-        moved = vrnn.prepare_pen(x, 1.0)
+        moved = vrnn.prepare_pen(x, torch.ones(3), None)
         self.assert_same(moved[..., 2], x[..., 2])
         # x and y of the step to the right, then of the step up: the four numbers of a 2x2 matrix
         change = (moved - x)[..., :2] / 100
         covariance = torch.cov(change.transpose(0, 1).flatten(1).T)
         self.assert_close(covariance, 0.15**2 * torch.eye(4), 6e-3)
-        fixed = vrnn.prepare_pen(x, 1.0, seed=1)
-        self.assert_same(vrnn.prepare_pen(x, 1.0, seed=1), fixed)
+        fixed = vrnn.prepare_pen(x, torch.ones(3), None, seed=1)
+        again = vrnn.prepare_pen(x, torch.ones(3), None, seed=1)
+        self.assert_same(again, fixed)
         self.assertLessEqual((fixed - x).abs().max(), 0.5)
         self.assertGreater(fixed[..., :2].abs().min(), 0)  # or densities would be without bound
 
     def test_speech_starts_late_in_training(self):
-        basis = vrnn.cosine_transform(200, "cpu")
-        self.assert_close(basis @ basis.T, torch.eye(200))
         x = torch.arange(1000.0, 1800).view(4, 1, 200)
+        joined = torch.tensor([[True], [True], [True], [False]])
         delays = set()
         for _ in range(9):
-            prepared = vrnn.prepare_speech(x, 1.0) @ basis.T
+            prepared = vrnn.samples_of(vrnn.prepare_speech(x, torch.ones(1), joined), joined)
             # x rises by 1 per sample, so a start n samples later lowers it by n
             late = (x - prepared).flatten()
             n = late[-1].round().item()
@@ -1434,6 +1534,40 @@ class TestVRNN(BoundTests, Case):
             self.assertIn(n, range(201))
             self.assert_close(late[200:], torch.full((600,), n), 0.6)
         self.assertGreater(len(delays), 3)
+
+    def test_the_lapped_transform_is_an_mdct_and_orthogonal(self):
+        """Two recordings, one after the other or padded: nothing passes between them."""
+        n = 8
+        lengths = torch.tensor([4, 1, 3])
+        x = torch.randn(8, n)
+        data = vrnn.Sequences(x, lengths, None)
+        basis = vrnn.cosine_transform(n, "cpu")
+        self.assert_close(basis @ basis.T, torch.eye(n))
+        coefficients = vrnn.rotate_borders(x, data.joined) @ basis
+        self.assert_close(coefficients.square().sum(), x.square().sum())
+        self.assert_close(vrnn.samples_of(coefficients, data.joined), x)
+
+        # frame 1 by the definition of the MDCT, whose windows reach over half of the frames beside
+        i = torch.arange(2 * n)
+        window = (math.pi / (2 * n) * (i + 0.5)).sin()
+        time = i + 0.5 - n / 2
+        frequency = torch.arange(n) + 0.5
+        waves = (math.pi / n * time[:, None] * frequency).cos()
+        around = x.flatten()[n // 2 : n // 2 + 2 * n]
+        self.assert_close(coefficients[1], (window * around) @ waves * (2 / n) ** 0.5)
+
+        padded, _, _, joined = data.batch(torch.arange(3), torch.arange(3))
+        padded = vrnn.rotate_borders(padded, joined) @ basis
+        for b, own in enumerate(coefficients.split(lengths.tolist())):
+            self.assert_close(padded[: len(own), b], own)
+
+    def test_generated_speech_does_not_click(self):
+        """Whatever the coefficients: samples jump no more at the borders of frames."""
+        frames = torch.randn(4000, 40) * torch.linspace(1, 0, 40) ** 4  # like speech, mostly low
+        joined = torch.arange(4000) < 3999
+        steps = vrnn.samples_of(frames, joined).flatten().diff().square()
+        at_borders = steps[39::40].mean()
+        self.assertLess(at_borders, 1.2 * steps.mean())
 
     def test_recordings_of_all_formats_sound_the_same(self):
         """8 to 32 bits, stereo, another rate."""
@@ -1486,6 +1620,41 @@ class TestVRNN(BoundTests, Case):
         self.assertEqual(label, "cat")
         self.assertEqual(x.tolist(), [[0, 0, 0], [5, -2, 1]])
         self.assertIn("left out: 1 file", out.getvalue())
+
+    def test_own_series(self):
+        """Of any numeric type; each dimension gets mean 0 and variance 1."""
+        kinds = ("<f8", ">f4", "f2", "i2", "u8")
+        for i in range(60):
+            steps = 3 + i % 30
+            x = np.random.default_rng(i).normal((1000, -7), (50, 0.25), (steps, 2))
+            save_array(f"in/{'ab'[i % 2]}/{i}.npy", np.abs(x).astype(kinds[i % 5]))
+        flags = "--dataset arrays --data-dir in --conditional"
+        args, _ = common.parse(vrnn.flags("arrays"), shlex.split(f"--device cpu {flags}"))
+        train, valid, test, facts = vrnn.load_data(args, None)
+        self.assertEqual(sum(facts["examples"]), 60)
+        self.assert_close(train.frames.mean(0), torch.zeros(2))
+        self.assert_close(train.frames.std(0, correction=0), torch.ones(2), 1e-4)
+        self.assert_close(facts["shift"], [1000, 7], 0.05)
+        back = train.frames * torch.tensor(facts["scale"]) + torch.tensor(facts["shift"])
+        paths = sorted(Path("in").rglob("*.npy"))
+        names = [path.relative_to("in").as_posix() for path in paths]
+        first = [name for name in names if vrnn.hash_split(name) == 0][0]
+        x = torch.from_numpy(np.load(f"in/{first}").astype("f4"))
+        self.assertLessEqual((back[: len(x)] - x).abs().max(), 0.51)  # integers have noise
+        self.train("vrnn", f"{flags} --epochs 1 --out-dir run")
+        self.train("vrnn", "--resume run --epochs 2")
+        self.train("vrnn", "--resume run --sample 3 --out-dir drawn")
+        self.assertLessEqual({"samples.png", "completions.png"}, set(os.listdir("run")))
+        self.assertTrue(load("run/best.pt")["model_args"]["stop"])
+
+    def test_series_of_one_length_do_not_end_by_themselves(self):
+        """One dimension may be left out: (T,) is (T, 1)."""
+        for i in range(60):
+            save_array(f"in/{i}.npy", np.full(9, 5.0))  # constants have no scale
+        self.train("vrnn", "--dataset arrays --data-dir in --dry-run --out-dir run")
+        state = load("run/best.pt")
+        self.assertFalse(state["model_args"]["stop"])
+        self.assertEqual((state["shift"], state["scale"]), ([5.0], [1.0]))
 
     def test_streamed_recordings_have_no_size(self):
         """A program that writes into a pipe can't know it."""
@@ -1622,6 +1791,23 @@ BAD = [
     ("vrnn", "--dataset ndjson --data-dir none", "no such folder"),
     ("vrnn", "--dataset wav --data-dir bad/long", "long.wav: 400001 samples"),
     ("vrnn", "--dataset ndjson --data-dir bad/ndjson", "a.ndjson: line 1 is no drawing"),
+    ("vrnn", "--dataset arrays --data-dir none", "no such folder, or no .npy files"),
+    ("vrnn", "--dataset arrays --data-dir bad/nan", "b.npy: has values that are not finite"),
+    (
+        "vrnn",
+        "--dataset arrays --data-dir bad/cube",
+        "b.npy: must be numbers (T, D), not float64 (2,",
+    ),
+    (
+        "vrnn",
+        "--dataset arrays --data-dir bad/none",
+        "b.npy: must be numbers (T, D), not float64 (0,",
+    ),
+    ("vrnn", "--dataset arrays --data-dir bad/objects", "b.npy: not an array of numbers"),
+    ("vrnn", "--dataset arrays --data-dir bad/text", "b.npy: not an array of numbers"),
+    ("vrnn", "--dataset arrays --data-dir bad/words", "b.npy: must be numbers (T, D), not <U1"),
+    ("vrnn", "--dataset arrays --data-dir bad/many", "b.npy: 2001 steps; must be 1 to 2000"),
+    ("vrnn", "--dataset arrays --data-dir bad/wide", "b.npy: D is 3, but 2 in"),
     ("vrnn", "--dataset pendigits --data-dir bad", "pendigits-orig.tra.Z: damaged"),
 ]
 
@@ -1787,7 +1973,11 @@ class TestScripts(Case):
         x = (torch.rand(4, 1, 28, 28) < 0.1).float()
         y = torch.arange(4)
         rows = x[:, 0].transpose(0, 1)
-        inputs = {"vae": (x,), "draw": (x,), "vrnn": (rows, torch.full((4,), 28))}
+        inputs = {
+            "vae": (x,),
+            "draw": (x,),
+            "vrnn": (rows, torch.full((4,), 28)),
+        }
         blocked = dict.fromkeys(("common", "torchvision", "matplotlib", *SCRIPTS))
         for script, kind in SCRIPTS.items():
             with self.subTest(script), mock.patch.dict(sys.modules, blocked):

@@ -25,6 +25,7 @@ length, and has the further terms log(1 - s(h_t)) for t < T, and log s(h_T).
     python vrnn.py                                         # images, row by row, from top to bottom
     python vrnn.py --dataset speech --conditional          # spoken digits
     python vrnn.py --dataset pendigits --conditional       # pen strokes
+    python vrnn.py --dataset arrays --data-dir DIR         # own series, .npy files (T, D)
     python vrnn.py --resume out/vrnn-1 --sample 8 --classes 3 1 4 1
 
 The defaults of --epochs, --batch-size, --lr and --mixtures depend on --dataset; those of speech are
@@ -37,9 +38,10 @@ divided by their root mean square.
 
 Deviations from the paper: a GRU instead of an LSTM; SiLU instead of ReLU; fewer layers; the initial
 state h_0 is learned; recorded integers get uniform noise, otherwise their density could grow
-without limit; x_t of speech is the cosine transform of a frame of 200 samples; in training speech
-starts up to 199 samples later, and pen strokes are stretched and slanted at random; log variances,
-correlations and gradients are limited; the weights that are tested are averaged over training.
+without limit; x_t of speech is a lapped cosine transform of a frame of 200 samples; in training
+speech starts up to 199 samples later, and pen strokes are stretched and slanted at random; log
+variances, correlations and gradients are limited; the weights that are tested are averaged over
+training.
 """
 
 import copy
@@ -229,7 +231,7 @@ class VRNN(nn.Module):
         log_w = torch.where(inside, log_w, 0.0).sum(0)
         return log_px, kl, log_w
 
-    def check(self, x, lengths, k):
+    def check(self, x, lengths, k=None):
         """Raise ValueError for inputs that would give wrong numbers."""
         if x.ndim != 3 or x.shape[2] != self.x_dim or not x.is_floating_point():
             raise ValueError(
@@ -294,25 +296,42 @@ class VRNN(nn.Module):
         return torch.cat([x, torch.bernoulli((up / temperature).sigmoid())], 1)
 
     @torch.no_grad()
-    def sample(self, steps, n=1, y=None, temperature=1.0, z_temperature=1.0):
+    def sample(self, steps, n=1, y=None, temperature=1.0, z_temperature=1.0, given=None):
         """n sequences, or one for each label of y (B,), of at most `steps` steps.
+
+        given: beginnings (S, B, x_dim) to go on from. While t <= S, z_t is drawn from
+        q(z_t | x_{<=t}, z_{<t}); then the model goes on alone, and may end at once.
 
         Returns x (T, B, x_dim), which is 0 after the end, and lengths (B,). temperature scales
         standard deviations of x_t and divides logits; z_temperature scales those of z_t. Raises
-        ValueError for missing or unwanted labels.
+        ValueError for missing or unwanted labels, and for beginnings of another shape.
         """
+        if given is None:
+            given = self.h_0.new_zeros(0, n if y is None else len(y), self.x_dim)
+        n = given.shape[1]
+        lengths = torch.full((n,), steps, device=self.h_0.device)
+        if len(given):
+            self.check(given, torch.full_like(lengths, len(given)))
+        if len(given) > steps or (y is not None and len(y) != n):
+            raise ValueError(f"given is (S, B, D), B as y, S <= {steps}, not {tuple(given.shape)}")
         label = self.embed(y, n)
-        h = self.h_0.expand(len(label), -1)
-        lengths = torch.full((len(label),), steps, device=h.device)
+        h = self.h_0.expand(n, -1)
         x = []
         for t in range(steps):
-            mu_p, logvar_p = self.gaussian(self.prior_net, h, label)  # eq. 5
-            z = mu_p + z_temperature * (0.5 * logvar_p).exp() * torch.randn_like(mu_p)
-            f_z = self.phi_z(z)
-            x_t = self.sample_x(self.dec(torch.cat([f_z, h, label], 1)), temperature)  # eq. 6
+            if t < len(given):
+                mu, logvar = self.gaussian(self.enc, self.phi_x(given[t]), h, label)  # eq. 9
+                sigma = (0.5 * logvar).exp()
+            else:
+                mu, logvar = self.gaussian(self.prior_net, h, label)  # eq. 5
+                sigma = z_temperature * (0.5 * logvar).exp()
+            f_z = self.phi_z(mu + sigma * torch.randn_like(mu))
+            if t < len(given):
+                x_t = given[t]
+            else:
+                x_t = self.sample_x(self.dec(torch.cat([f_z, h, label], 1)), temperature)  # eq. 6
             x.append(torch.where((t < lengths)[:, None], x_t, 0.0))
             h = self.gru(torch.cat([self.phi_x(x_t), f_z, label], 1), h)  # eq. 7
-            if self.end is not None:
+            if self.end is not None and t >= len(given) - 1:
                 p_end = (self.end(h).squeeze(1) / temperature).sigmoid()
                 ended = torch.bernoulli(p_end).bool()
                 lengths = torch.where(ended, lengths.clamp(max=t + 1), lengths)
@@ -327,7 +346,8 @@ class Sequences:
     """Sequences of any lengths, one after the other.
 
     frames: (sum of lengths, D). lengths: (N,), on the CPU, and kept there and on the device of the
-    frames. y: labels (N,) or None.
+    frames. y: labels (N,) or None. joined: (sum of lengths,), whether the next frame continues the
+    same sequence.
     """
 
     def __init__(self, frames, lengths, y):
@@ -335,10 +355,13 @@ class Sequences:
         self.cpu_lengths = lengths
         self.lengths = lengths.to(frames.device)
         self.starts = (lengths.cumsum(0) - lengths).to(frames.device)
+        self.joined = torch.ones(len(frames), dtype=torch.bool)
+        self.joined[lengths.cumsum(0) - 1] = False
+        self.joined = self.joined.to(frames.device)
         self.y = y
 
     def batch(self, index, cpu_index):
-        """Padded x (T, B, D), lengths (B,) and y (B,) or None of the sequences index (B,).
+        """Padded x (T, B, D), lengths (B,), y (B,) or None, joined (T, B) of sequences index (B,).
 
         T follows from the same index on the CPU, so that nothing waits for a GPU.
         """
@@ -347,11 +370,11 @@ class Sequences:
         steps = min(longest, int(self.cpu_lengths.max()))
         t = torch.arange(steps, device=index.device)[:, None]
         lengths = self.lengths[index]
-        at = torch.where(t < lengths, self.starts[index] + t, 0)  # padding: any frame
+        at = self.starts[index] + torch.minimum(t, lengths - 1)  # padding: the last frame again
         y = None
         if self.y is not None:
             y = self.y[index]
-        return self.frames[at], lengths, y
+        return self.frames[at], lengths, y, self.joined[at]
 
     def batches(self, order, what):
         """The batch of each row of order (steps, B), which is on the CPU."""
@@ -365,24 +388,25 @@ class Sequences:
 def rounding_noise(x, scale, seed):
     """Uniform noise for x (..., D), which are recorded integers divided by scale.
 
-    It is one integer step, 1 / scale, wide; new at every call, or always the same for a seed.
+    It is one integer step, 1 / scale, wide; scale is (D,) or (1,). The noise is new at every call,
+    or always the same for a seed.
     Without it the density of the integers could grow without limit.
     """
     if seed is None:
         noise = torch.rand(x.shape, device=x.device)
     else:  # on the CPU, so that it is the same on every device
         noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device)
-    return (1 / scale) * (noise - 0.5)
+    return (noise - 0.5) / scale
 
 
-def prepare_rows(x, scale, seed=None):
-    """Grey rows (..., D) uint8 as black or white pixels; scale is not needed."""
+def prepare_rows(x, scale, joined, seed=None):
+    """Grey rows (..., D) uint8 as black or white pixels."""
     import common
 
     return common.binarise(x, seed)
 
 
-def prepare_pen(x, scale, seed=None):
+def prepare_pen(x, scale, joined, seed=None):
     """Moves (..., 3) with noise; without a seed, for training, each drawing is distorted."""
     noise = rounding_noise(x, scale, seed)
     moves = x[..., :2]
@@ -392,8 +416,13 @@ def prepare_pen(x, scale, seed=None):
     return torch.cat([moves + noise[..., :2], x[..., 2:]], -1)
 
 
-def prepare_speech(x, scale, seed=None):
-    """The cosine transform of samples (..., 200) with noise.
+def prepare_series(x, scale, joined, seed=None):
+    """Series as they are."""
+    return x
+
+
+def prepare_speech(x, scale, joined, seed=None):
+    """The lapped transform of samples (T, ..., 200) with noise.
 
     Without a seed, for training, a batch (T, B, 200) starts up to 199 samples later, and loses as
     many at the end.
@@ -403,16 +432,42 @@ def prepare_speech(x, scale, seed=None):
         kept = int(torch.randint(1, x.shape[2] + 1, ()))  # 200 minus the delay
         before = torch.cat([torch.zeros_like(x[:1]), x[:-1]])  # the frame before each one
         x = torch.cat([before[..., kept:], x[..., :kept]], 2)
-    return (x + noise) @ cosine_transform(x.shape[-1], x.device)
+    x = rotate_borders(x + noise, joined)
+    return x @ cosine_transform(x.shape[-1], x.device)
+
+
+def samples_of(x, joined):
+    """The inverse of the lapped transform: samples, as x (T, ..., N)."""
+    x = x @ cosine_transform(x.shape[-1], x.device)  # its own inverse
+    return rotate_borders(x, joined, sign=-1)
+
+
+def rotate_borders(x, joined, sign=1):
+    """The first step of a lapped transform of frames x (T, ..., N); with sign=-1 its inverse.
+
+    Where frames are joined (T, ...), the samples at equal distance from their border are rotated:
+    followed by the cosine transform, this is the MDCT with a sine window (Princen, Johnson &
+    Bradley 1987; Malvar 1990). All is orthogonal, so densities do not change, but frames no longer
+    meet at borders where a sound could jump.
+    """
+    half = x.shape[-1] // 2
+    i = torch.arange(half, device=x.device)  # distance from the border, in samples
+    angle = math.pi / 4 * (1 - (2 * i + 1) / x.shape[-1])
+    angle = sign * joined[:-1, ..., None] * angle  # 0 at the ends of recordings
+    before = x[:-1, ..., -half:].flip(-1)
+    after = x[1:, ..., :half]
+    rotated_before = angle.cos() * before - angle.sin() * after
+    rotated_after = angle.cos() * after + angle.sin() * before
+    left = torch.cat([x[:1, ..., :half], rotated_after])
+    right = torch.cat([rotated_before.flip(-1), x[-1:, ..., -half:]])
+    return torch.cat([left, right], -1)
 
 
 @functools.cache  # copying it to a GPU at every step would wait for the GPU
 def cosine_transform(n, device):
-    """The cosine transform (n, n) of frames (..., n), orthonormal: densities do not change."""
-    sample = torch.arange(n, dtype=torch.float64)[:, None]
-    frequency = torch.arange(n, dtype=torch.float64)
-    norm = torch.where(frequency > 0, 2 / n, 1 / n).sqrt()
-    waves = torch.cos(math.pi / n * (sample + 0.5) * frequency) * norm
+    """The cosine transform (DCT-IV, n x n) of frames (..., n): orthogonal, and its own inverse."""
+    at = torch.arange(n, dtype=torch.float64) + 0.5
+    waves = torch.cos(math.pi / n * at[:, None] * at) * (2 / n) ** 0.5
     return waves.float().to(device)
 
 
@@ -536,10 +591,48 @@ def read_wav(args):
     root = common.data_folder(args)
     for file in own_files(args, ".wav"):
         name = file.relative_to(root)
-        label = ""
-        if len(name.parts) > 1:
-            label = name.parts[0]
-        yield hash_split(name.as_posix()), read_frames(file), label
+        yield hash_split(name.as_posix()), read_frames(file), folder_label(name)
+
+
+def read_arrays(args):
+    """Own series: .npy files (T, D), or (T,) for D = 1; if all are in sub-folders, classes."""
+    import numpy as np
+
+    import common
+
+    root = common.data_folder(args)
+    generator = torch.Generator().manual_seed(0)
+    first = None
+    for file in own_files(args, ".npy"):
+        try:
+            x = np.load(file, allow_pickle=False)
+        except (ValueError, EOFError, SyntaxError) as error:
+            common.fail(f"{file}: not an array of numbers: {error}")
+        if x.ndim == 1:
+            x = x[:, None]
+        if x.dtype.kind not in "biuf" or x.ndim != 2 or x.size == 0:
+            common.fail(f"{file}: must be numbers (T, D), not {x.dtype} {x.shape}")
+        if len(x) > 2000:
+            common.fail(f"{file}: {len(x)} steps; must be 1 to 2000; cut it into several files")
+        if first is None:
+            first = (file, x.shape[1])
+        if x.shape[1] != first[1]:
+            common.fail(f"{file}: D is {x.shape[1]}, but {first[1]} in {first[0]}")
+        if not np.isfinite(x).all():
+            common.fail(f"{file}: has values that are not finite (NaN or infinity)")
+        is_integer = x.dtype.kind != "f"
+        x = torch.from_numpy(x.astype("float64"))
+        if is_integer:
+            x = x + torch.rand(x.shape, generator=generator) - 0.5  # as `rounding_noise`
+        name = file.relative_to(root)
+        yield hash_split(name.as_posix()), x, folder_label(name)
+
+
+def folder_label(name):
+    """The first folder in a relative path, or "" if it has none."""
+    if len(name.parts) > 1:
+        return name.parts[0]
+    return ""
 
 
 def read_frames(file, rate=8000, size=200):
@@ -649,12 +742,37 @@ def download(url, folder, pattern, sha256):
 
 
 # ---------------------------------------------------------------------------
-# pictures of samples x (B, T, D) with lengths (B,): one row per name, equally many samples each
+# pictures
+
+
+@dataclass
+class Picture:
+    """Sequences to draw, row by row, and what to write beside them.
+
+    x: (rows * columns, T, D), of which the first `seen` steps were given to the model.
+    """
+
+    name: str  # of the file: "samples" or "completions"
+    title: str
+    x: torch.Tensor
+    lengths: list
+    seen: list
+    row_names: list
+    column_names: list
 
 
 @torch.no_grad()
-def draw_pictures(model, facts, args, folder):
-    """Draw at least args.sample samples, or 8 per row: one row per class, or rows without name."""
+def draw_pictures(model, facts, args, folder, valid=None):
+    """samples.png and, with the validation part, completions.png; sounds of speech, too."""
+    torch.manual_seed(args.seed)
+    draw = KINDS[facts["kind"]].draw
+    draw(samples(model, facts, args), facts, folder)
+    if valid is not None:
+        draw(completions(model, facts, args, valid), facts, folder)
+
+
+def samples(model, facts, args):
+    """At least args.sample samples, or 8 per row: one row per class, or rows without name."""
     names = args.classes or facts["classes"]
     columns = 8
     if not names:
@@ -666,62 +784,157 @@ def draw_pictures(model, facts, args, folder):
     if facts["classes"]:
         y = [facts["classes"].index(name) for name in names]
         y = torch.tensor(y, device=args.device).repeat_interleave(columns)
-    torch.manual_seed(args.seed)
-    x, lengths = model.sample(
-        facts["steps"], len(names) * columns, y, args.temperature, args.z_temperature
-    )
+    n = len(names) * columns
+    x, lengths = model.sample(facts["steps"], n, y, args.temperature, args.z_temperature)
     x = x[: lengths.max()].transpose(0, 1).cpu()
-    KINDS[facts["kind"]].draw(x, lengths.tolist(), names, facts, folder)
+    title = KINDS[facts["kind"]].title
+    return Picture("samples", title, x, lengths.tolist(), n * [0], names, columns * [""])
 
 
-def draw_rows(x, lengths, names, facts, folder):
-    """samples.png: images, as x (B, H, W) are their rows."""
+def completions(model, facts, args, valid):
+    """Halves of sequences, seven completions of each, and the truth.
+
+    One row per class that the validation part has, or else its first eight sequences.
+    """
+    rows = []  # name, number of the sequence
+    for name in args.classes or facts["classes"]:
+        found = (valid.y == facts["classes"].index(name)).nonzero()
+        if len(found):
+            rows.append((name, found[0].item()))
+    if not rows:
+        for i in range(min(8, len(valid.lengths))):
+            rows.append((str(i + 1), i))
+
+    sequences = []
+    seen = []
+    for _, i in rows:
+        index = torch.tensor([i])
+        x, length, y, _ = valid.batch(index.to(valid.frames.device), index)
+        truth = x[:length]  # (T, 1, D)
+        half = len(truth) // 2
+        given = truth[:half].expand(-1, 7, -1)
+        if y is not None:
+            y = y.expand(7)
+        steps = max(facts["steps"], len(truth))
+        ways, ends = model.sample(steps, 7, y, args.temperature, args.z_temperature, given=given)
+        sequences.append(truth[:half, 0])
+        for way, end in zip(ways.unbind(1), ends.tolist(), strict=True):
+            sequences.append(way[:end])
+        sequences.append(truth[:, 0])
+        seen += 9 * [half]
+    return Picture(
+        name="completions",
+        title="observed halves of sequences, seven completions by the model, and the truth",
+        x=nn.utils.rnn.pad_sequence(sequences, batch_first=True).cpu(),
+        lengths=[len(x) for x in sequences],
+        seen=seen,
+        row_names=[name for name, _ in rows],
+        column_names=["observed", "1", "2", "3", "4", "5", "6", "7", "truth"],
+    )
+
+
+def draw_rows(picture, facts, folder):
+    """Images, as x (B, H, W) are their rows; what is missing of them is grey."""
     import common
 
-    images = x[:, None].unflatten(0, (len(names), -1))  # (rows, columns, 1, H, W)
-    title = "drawn by the model, row by row"
-    common.save_grid(folder / "samples.png", images, title, names)
+    missing = torch.arange(facts["steps"])[:, None] >= torch.tensor(picture.lengths)  # (H, B)
+    images = torch.where(missing.T[:, :, None], 0.3, picture.x)
+    common.save_grid(
+        folder / f"{picture.name}.png",
+        images[:, None].unflatten(0, (len(picture.row_names), -1)),  # (rows, columns, 1, H, W)
+        picture.title,
+        picture.row_names,
+        picture.column_names,
+    )
 
 
-def draw_pen(x, lengths, names, facts, folder):
-    """samples.png: drawings, all in one size."""
+def draw_pen(picture, facts, folder):
+    """Drawings, all in one size; what was given is black, its completion blue."""
     from matplotlib.figure import Figure
 
-    columns = len(x) // len(names)
-    figure = Figure((max(8, columns), len(names) + 0.2), layout="constrained")
+    names = picture.row_names
+    columns = len(picture.column_names)
+    figure = Figure((max(8, columns), len(names) + 0.4), layout="constrained")
     ax = figure.subplots()
-    for i, n in enumerate(lengths):
+    for i, (n, seen) in enumerate(zip(picture.lengths, picture.seen, strict=True)):
         row, column = divmod(i, columns)
-        points = x[i, :n, :2].cumsum(0)
-        points = points - (points.amax(0) + points.amin(0)) / 2
+        points = picture.x[i, :n, :2].cumsum(0)
+        if n:
+            points = points - (points.amax(0) + points.amin(0)) / 2
         points = 0.4 * points / points.abs().max().clamp(min=1e-9)
         points = points + torch.tensor([column, -row])
-        ends = x[i, :n, 2].nonzero().flatten() + 1
-        for stroke in points.tensor_split(ends):
-            ax.plot(*stroke.T, "k-", linewidth=1)
-            if len(stroke) == 1:
-                ax.plot(*stroke.T, "k.", markersize=3)
-    ax.set_title("written by the model")
-    ax.set(aspect="equal", xlim=(-0.5, columns - 0.5), ylim=(0.5 - len(names), 0.5), xticks=[])
+        ends = picture.x[i, :n, 2].nonzero().flatten() + 1
+        draw_strokes(ax, points.tensor_split(ends), "tab:blue" if seen else "black")
+        draw_strokes(ax, points[:seen].tensor_split(ends[ends < seen]), "black")
+    ax.set_title(picture.title)
+    ax.set(aspect="equal", xlim=(-0.5, columns - 0.5), ylim=(0.5 - len(names), 0.5))
+    ax.xaxis.tick_top()
+    ax.set_xticks(range(columns), picture.column_names)
     ax.set_yticks([-row for row in range(len(names))], names, parse_math=False)
     ax.tick_params(length=0)
     ax.set_frame_on(False)
-    figure.savefig(folder / "samples.png", dpi=120)
+    figure.savefig(folder / f"{picture.name}.png", dpi=120)
 
 
-def draw_speech(x, lengths, names, facts, folder):
-    """spectrograms.png, samples.png with waveforms, sounds/CLASS_NUMBER.wav and sounds/all.wav."""
+def draw_strokes(ax, strokes, colour):
+    for stroke in strokes:
+        ax.plot(*stroke.T, color=colour, linewidth=1)
+        if len(stroke) == 1:
+            ax.plot(*stroke.T, ".", color=colour, markersize=3)
+
+
+def draw_series(picture, facts, folder):
+    """Lines in the units of the data, for at most four dimensions."""
+    x = picture.x * torch.tensor(facts["scale"]) + torch.tensor(facts["shift"])
+    steps = x.shape[1]
+    dims = min(4, x.shape[2])
+    columns = len(picture.column_names)
+    names = []
+    for name in picture.row_names:
+        for d in range(dims):
+            names.append(f"{name} x{d + 1}".strip())
+    title = picture.title
+    if dims < x.shape[2]:
+        title += f" (4 of {x.shape[2]} dimensions)"
+    figure, axes = time_axes(picture, names, title, steps, "steps", "")
+    for i, (n, seen) in enumerate(zip(picture.lengths, picture.seen, strict=True)):
+        row, column = divmod(i, columns)
+        t = column * steps + torch.arange(n)
+        for d in range(dims):
+            ax = axes[row * dims + d]
+            line = x[i, :n, d]
+            ax.plot(t, line, ".-", color="tab:blue" if seen else "black", markersize=2, linewidth=1)
+            ax.plot(t[:seen], line[:seen], ".-", color="black", markersize=2, linewidth=1)
+    figure.savefig(folder / f"{picture.name}.png", dpi=120)
+
+
+def draw_speech(picture, facts, folder):
+    """Spectrograms, waveforms of samples, and sounds.
+
+    sounds/CLASS_NUMBER.wav are samples, sounds/all.wav is the first of each row, and
+    sounds/completions/CLASS_NUMBER.wav are completions, beside CLASS_observed and CLASS_truth.
+    """
     rate = facts["rate"]
-    columns = len(x) // len(names)
-    x = x @ cosine_transform(x.shape[2], x.device).T * (facts["scale"] / 2**15)
+    columns = len(picture.column_names)
+    names = picture.row_names
+    x = picture.x.transpose(0, 1)
     size = x.shape[2]
-    x = x.flatten(1)  # (B, samples), 1 is the full scale of a WAV file
+    joined = torch.arange(1, len(x) + 1)[:, None] < torch.tensor(picture.lengths)  # (T, B)
+    x = samples_of(x, joined) * (facts["scale"][0] / 2**15)
+    x = x.transpose(0, 1).flatten(1)  # (B, samples), 1 is the full scale of a WAV file
+    ends = []
+    for i, n in enumerate(picture.lengths):
+        end = n * size
+        if picture.column_names[i % columns] == "observed":
+            end -= size // 2  # what follows depends on the next frame, too
+        x[i, max(0, end) :] = 0
+        ends.append(max(0, end))
     peaks = x.abs().amax(1, keepdim=True).clamp(min=1e-9)
     loud = 0.5 * x / peaks
 
     # the sounds of a row are drawn side by side
     seconds = x.shape[1] / rate
-    figure, axes = time_axes(names, columns, seconds, "frequency in Hz")
+    figure, axes = time_axes(picture, names, picture.title, seconds, "seconds", "frequency in Hz")
     for ax, row in zip(axes, loud.split(columns), strict=True):
         row = F.pad(row.flatten(), (128, 128))  # half a window, so that the first one is at 0 s
         row = row + 1e-4 * torch.randn(row.shape)  # as the picture shows logarithms
@@ -729,45 +942,56 @@ def draw_speech(x, lengths, names, facts, folder):
         ax.specgram(
             row, NFFT=256, Fs=rate, noverlap=192, xextent=span, cmap="magma", vmin=-90, vmax=-35
         )
-    figure.savefig(folder / "spectrograms.png", dpi=120)
-    figure, axes = time_axes(names, columns, seconds, "amplitude")
-    for ax, row in zip(axes, x.split(columns), strict=True):
-        row = row.flatten()
-        ax.plot(torch.arange(len(row)) / rate, row, linewidth=0.4)
-        ax.set(xlim=(0, len(row) / rate), ylim=(-peaks.max(), peaks.max()))
-    figure.savefig(folder / "samples.png", dpi=120)
+    sounds = folder / "sounds"
+    if picture.name == "completions":
+        figure.savefig(folder / "completions.png", dpi=120)
+        sounds = sounds / "completions"
+    else:
+        figure.savefig(folder / "spectrograms.png", dpi=120)
+        figure, axes = time_axes(picture, names, picture.title, seconds, "seconds", "amplitude")
+        for ax, row in zip(axes, x.split(columns), strict=True):
+            row = row.flatten()
+            ax.plot(torch.arange(len(row)) / rate, row, linewidth=0.4)
+            ax.set(xlim=(0, len(row) / rate), ylim=(-peaks.max(), peaks.max()))
+        figure.savefig(folder / "samples.png", dpi=120)
 
     # sounds, all at half of the full scale
-    (folder / "sounds").mkdir(exist_ok=True)
+    sounds.mkdir(parents=True, exist_ok=True)
     together = []
-    for i, n in enumerate(lengths):
+    for i, end in enumerate(ends):
         row, column = divmod(i, columns)
-        sound = loud[i, : n * size]
+        sound = loud[i, :end]
         name = names[row] or "sample"
         number = names[:row].count(names[row]) * columns + column  # a class may have several rows
-        write_wav(folder / "sounds" / f"{name}_{number}.wav", sound, rate)
+        number = picture.column_names[column] or number
+        write_wav(sounds / f"{name}_{number}.wav", sound, rate)
         if column == 0:
             together += [sound, torch.zeros(rate // 5)]
-    write_wav(folder / "sounds" / "all.wav", torch.cat(together), rate)
+    if picture.name == "samples":
+        write_wav(sounds / "all.wav", torch.cat(together), rate)
 
 
-def time_axes(names, columns, seconds, unit):
-    """A figure and one axis per name, for samples of so many seconds side by side."""
+def time_axes(picture, names, title, length, x_unit, y_unit):
+    """A figure and one axis per name, for the sequences of a row side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure((12, 1.2 * len(names) + 0.6), layout="constrained")
     axes = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
-    half = round(seconds / 2, 1)
+    columns = len(picture.column_names)
+    half = round(length / 2, 1)
     ticks = []
     for i in range(columns):
-        ticks += [i * seconds, i * seconds + half]
+        ticks += [i * length, i * length + half]
     axes[-1].set_xticks(ticks, ["0", f"{half:g}"] * columns)
+    top = axes[0].secondary_xaxis("top")
+    top.set_xticks([(i + 0.5) * length for i in range(columns)], picture.column_names)
+    top.tick_params(length=0)
     for ax, name in zip(axes, names, strict=True):
         ax.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=9, parse_math=False)
         ax.locator_params(axis="y", nbins=3)
-    figure.suptitle("spoken by the model")
-    figure.supxlabel("seconds")
-    figure.supylabel(unit)
+    figure.suptitle(title)
+    figure.supxlabel(x_unit)
+    figure.supylabel(y_unit)
     return figure, axes
 
 
@@ -787,9 +1011,9 @@ class Kind:
     """A kind of sequences: its part of the model, its functions, and its defaults of flags."""
 
     likelihood: str
-    stop: bool
     prepare: Callable
     draw: Callable
+    title: str
     mixtures: int
     epochs: int
     batch_size: int
@@ -799,9 +1023,9 @@ class Kind:
 KINDS = {
     "rows": Kind(
         likelihood="bernoulli",
-        stop=False,
         prepare=prepare_rows,
         draw=draw_rows,
+        title="drawn by the model, row by row",
         mixtures=1,
         epochs=7,
         batch_size=128,
@@ -809,9 +1033,9 @@ KINDS = {
     ),
     "pen": Kind(
         likelihood="pen",
-        stop=True,
         prepare=prepare_pen,
         draw=draw_pen,
+        title="written by the model",
         mixtures=20,
         epochs=30,
         batch_size=48,
@@ -819,12 +1043,22 @@ KINDS = {
     ),
     "speech": Kind(
         likelihood="gaussian",
-        stop=True,
         prepare=prepare_speech,
         draw=draw_speech,
-        mixtures=1,
-        epochs=150,
+        title="spoken by the model",
+        mixtures=8,
+        epochs=80,
         batch_size=32,
+        lr=4e-3,
+    ),
+    "series": Kind(
+        likelihood="gaussian",
+        prepare=prepare_series,
+        draw=draw_series,
+        title="series drawn by the model",
+        mixtures=5,
+        epochs=100,
+        batch_size=8,
         lr=2e-3,
     ),
 }
@@ -833,6 +1067,7 @@ READERS = {
     "ndjson": ("pen", read_ndjson),
     "speech": ("speech", read_speech),
     "wav": ("speech", read_wav),
+    "arrays": ("series", read_arrays),
 }
 
 
@@ -848,8 +1083,11 @@ def load_rows(args):
     return parts, images.classes, images.dataset
 
 
-def load_sequences(args, read):
-    """What a reader yields: three Sequences, names of classes, and the data set."""
+def load_sequences(args, checkpoint, kind, read):
+    """What a reader yields: three Sequences, names of classes, and shift and scale of values.
+
+    Of the values, shift is subtracted, then they are divided by scale.
+    """
     import common
 
     parts = [[], [], []]
@@ -870,43 +1108,67 @@ def load_sequences(args, read):
             known = known[: args.batch_size]
         if not known:
             common.fail(f"{args.data_dir}: too few sequences, there are none to {name}")
-        frames = torch.cat([x for x, _ in known]).to(args.device)
+        frames = torch.cat([x for x, _ in known])
+        if checkpoint:
+            shift = checkpoint["shift"]
+            scale = checkpoint["scale"]
+        elif name == "train":
+            shift, scale = shift_and_scale(frames, kind)
+        frames = (frames - torch.tensor(shift).double()) / torch.tensor(scale).double()
         lengths = torch.tensor([len(x) for x, _ in known])
         y = torch.tensor([classes.index(label) for _, label in known], device=args.device)
-        sequences.append(Sequences(frames, lengths, y))
-    return sequences, classes, args.dataset
+        sequences.append(Sequences(frames.float().to(args.device), lengths, y))
+    return sequences, classes, shift, scale
+
+
+def shift_and_scale(frames, kind):
+    """Lists of shifts and scales of training frames (n, D), one for each dimension or one for all.
+
+    Series get mean 0 and variance 1 in each dimension; pen strokes and speech are divided by their
+    root mean square.
+    """
+    frames = frames.double()
+    if kind == "series":
+        shift = frames.mean(0)
+        scale = frames.std(0, correction=0)
+        scale = torch.where(scale > 1e-12 * shift.abs(), scale, 1.0)  # constants
+    else:
+        shift = torch.zeros(1)
+        columns = 2 if kind == "pen" else frames.shape[1]
+        scale = frames[:, :columns].square().mean().sqrt()[None]
+        scale = torch.where(scale > 0, scale, 1.0)
+        if kind == "pen":
+            scale = torch.cat([scale, scale, torch.ones(1)])  # pen-up stays 0 or 1
+    # rounded, so that they are the same on all machines
+    return shift.tolist(), [float(f"{value:.6g}") for value in scale.tolist()]
 
 
 def load_data(args, checkpoint):
     """train, valid and test, each a Sequences, and a dictionary of facts for checkpoints.
 
-    scale is what values are divided by, rate in samples per second, steps the largest length.
+    Values are divided by scale after shift was subtracted; rate is in samples per second; steps is
+    the largest length.
     """
     kind, read = READERS.get(args.dataset, ("rows", None))
+    dataset = args.dataset
+    shift = [0.0]
+    scale = [1.0]
     if kind == "rows":
         parts, classes, dataset = load_rows(args)
     else:
-        parts, classes, dataset = load_sequences(args, read)
+        parts, classes, shift, scale = load_sequences(args, checkpoint, kind, read)
     if not args.conditional:
         classes = []
         for part in parts:
             part.y = None
     train, valid, test = parts
-    scale = 1.0
-    if kind != "rows":
-        columns = 2 if kind == "pen" else train.frames.shape[1]  # pen-up stays 0 or 1
-        rms = train.frames[:, :columns].cpu().double().square().mean().sqrt()
-        scale = float(f"{rms:.6g}") or 1.0  # the same on all machines; 1 if all data are 0
-        if checkpoint:
-            scale = checkpoint["scale"]
-        for part in parts:
-            part.frames[:, :columns] /= scale
     facts = {
         "script": "vrnn",
         "dataset": dataset,
         "classes": classes,
         "examples": [len(part.cpu_lengths) for part in parts],
         "kind": kind,
+        "shift": shift,
         "scale": scale,
         "rate": 8000,
         "steps": int(train.cpu_lengths.max()),
@@ -919,7 +1181,8 @@ def evaluate(model, part, samples=1):
     import common
 
     def terms(index, k):
-        return model(*part.batch(index, index.cpu()), k=k)
+        x, lengths, y, _ = part.batch(index, index.cpu())
+        return model(x, lengths, y, k=k)
 
     order = part.lengths.argsort()
     at_once = max(
@@ -1011,14 +1274,18 @@ def main(argv=None):
 
     # model and optimiser
     kind = KINDS[facts["kind"]]
-    scale = facts["scale"]
+    scale = torch.tensor(facts["scale"], device=args.device)
+    # sequences that all have one length need not learn when they end
+    stop = bool(train.cpu_lengths.min() < train.cpu_lengths.max())
+    if checkpoint:
+        stop = checkpoint["model_args"]["stop"]
     model_args = {
         "x_dim": train.frames.shape[1],
         "z_dim": args.z_dim,
         "likelihood": kind.likelihood,
         "prior": args.prior,
         "num_classes": len(facts["classes"]),
-        "stop": kind.stop,
+        "stop": stop,
         "mixtures": args.mixtures,
         "hidden": args.hidden,
     }
@@ -1031,15 +1298,15 @@ def main(argv=None):
     # what a checkpoint holds; its "model" is the one with the best validation
     parts = {"weights": model, "average": average, "optimizer": optimizer, "model": best}
     folder, rows = common.begin(args, checkpoint, facts, parts)
-    valid.frames = kind.prepare(valid.frames, scale, seed=1)
+    valid.frames = kind.prepare(valid.frames, scale, valid.joined, seed=1)
 
     # training
     for epoch in range(len(rows), args.epochs):
         began = time.time()
         steps = []
         order = common.epoch_order(args, epoch, len(train.cpu_lengths), train.cpu_lengths)
-        for x, lengths, y in train.batches(order, f"epoch {epoch + 1}, step"):
-            log_px, kl, _ = model(kind.prepare(x, scale), lengths, y)
+        for x, lengths, y, joined in train.batches(order, f"epoch {epoch + 1}, step"):
+            log_px, kl, _ = model(kind.prepare(x, scale, joined), lengths, y)
             loss = (kl - log_px).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -1058,9 +1325,9 @@ def main(argv=None):
         common.save(folder, facts, rows, parts)
 
     # test and pictures
-    test.frames = kind.prepare(test.frames, scale, seed=2)
+    test.frames = kind.prepare(test.frames, scale, test.joined, seed=2)
     figures = evaluate(best, test, samples=args.test_samples)
-    draw_pictures(best, facts, args, folder)
+    draw_pictures(best, facts, args, folder, valid)
     common.finish(args, folder, facts, rows, best, figures)
 
 
