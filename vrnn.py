@@ -32,7 +32,7 @@ The defaults of --epochs, --batch-size, --lr and --mixtures depend on --dataset;
 listed by python vrnn.py --dataset speech --help.
 
 Measured test -ELBO: MNIST with --epochs 16, 81.46 nats in an hour on one core; --dataset speech
---conditional, -4883.3 nats in 54 minutes; --dataset pendigits --conditional, -40.61 nats in 30
+--conditional, -5110.7 nats in 37 minutes; --dataset pendigits --conditional, -40.61 nats in 30
 minutes. The last two are negative because they are of log densities of real numbers, here of data
 divided by their root mean square.
 
