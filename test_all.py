@@ -1650,8 +1650,9 @@ class TestVRNN(BoundTests, Case):
     def test_series_of_one_length_do_not_end_by_themselves(self):
         """One dimension may be left out: (T,) is (T, 1)."""
         for i in range(60):
-            save_array(f"in/{i}.npy", np.full(9, 5.0))  # constants have no scale
-        self.train("vrnn", "--dataset arrays --data-dir in --dry-run --out-dir run")
+            save_array(f"in/{'ab'[i % 2]}/{i}.npy", np.full(9, 5.0))  # constants have no scale
+        flags = "--dataset arrays --data-dir in --conditional --epochs 1 --out-dir run"
+        self.train("vrnn", flags)
         state = load("run/best.pt")
         self.assertFalse(state["model_args"]["stop"])
         self.assertEqual((state["shift"], state["scale"]), ([5.0], [1.0]))
@@ -2169,7 +2170,7 @@ class TestScripts(Case):
         self.addCleanup(signal.signal, signal.SIGINT, handler)
         terminal, end = pty.openpty()
         write_images("in", 600)
-        flags = "--dataset folder --data-dir in --batch-size 4 --iw 64 --epochs 99 --out-dir run"
+        flags = "--dataset folder --data-dir in --batch-size 4 --iw 16 --epochs 99 --out-dir run"
         process = popen("vae", f"{flags} --device cpu", stdout=end)
         os.close(end)
         said = ""
