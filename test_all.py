@@ -1777,6 +1777,7 @@ BAD = [
     ("draw", "--prior flat", "--prior"),
     ("cdraw", "--write-size two", "--write-size"),
     ("cdraw", "--classes 1 x", "x: must be among 0, 1, 2"),
+    ("vrnn", "--resume earlier.pt", "of an earlier version of vrnn.py"),
     ("vrnn", "--temperature 0", "--temperature"),
     ("vrnn", "--mixtures 0", "--mixtures"),
     ("vrnn", "--classes 1", "--classes needs --conditional"),
@@ -2223,6 +2224,7 @@ class TestScripts(Case):
         torch.save({**state, "model": compiled}, "compiled.pt")
         torch.save({**state, "model_args": {**args, "colour": 3}}, "unknown.pt")
         torch.save({**state, "model_args": {**args, "z_dim": 7}}, "shapes.pt")
+        torch.save({**state, "script": "vrnn"}, "earlier.pt")
         for name, missing in (("model", "model"), ("args", "model_args"), ("half", "weights")):
             kept = {key: value for key, value in state.items() if key != missing}
             torch.save(kept, f"{name}.pt")

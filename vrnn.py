@@ -1258,6 +1258,8 @@ def main(argv=None):
     # flags, data, or only samples of a trained model
     p = flags(common.peek(argv, "--dataset"))
     args, checkpoint = common.parse(p, argv)
+    if checkpoint and "shift" not in checkpoint:  # its speech is in another transform
+        common.fail(f"--resume {args.resume}: of an earlier version of vrnn.py; train anew")
     if args.sample:
         facts = checkpoint
     else:
