@@ -1647,6 +1647,17 @@ class TestVRNN(BoundTests, Case):
         self.assertLessEqual({"samples.png", "completions.png"}, set(os.listdir("run")))
         self.assertTrue(load("run/best.pt")["model_args"]["stop"])
 
+    def test_series_far_from_zero_keep_their_digits(self):
+        """As seconds since 1970 do."""
+        time = 1.7e9 + np.arange(9.0)
+        for i in range(60):
+            save_array(f"in/{i}.npy", time)
+        flags = "--dataset arrays --data-dir in --device cpu"
+        args, _ = common.parse(vrnn.flags("arrays"), shlex.split(flags))
+        train, _, _, facts = vrnn.load_data(args, None)
+        expected = (np.arange(9) - 4) / np.arange(9).std()
+        self.assert_close(train.frames[:9, 0], expected)
+
     def test_series_of_one_length_do_not_end_by_themselves(self):
         """One dimension may be left out: (T,) is (T, 1)."""
         for i in range(60):

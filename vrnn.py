@@ -885,7 +885,8 @@ def draw_strokes(ax, strokes, colour):
 
 def draw_series(picture, facts, folder):
     """Lines in the units of the data, for at most four dimensions."""
-    x = picture.x * torch.tensor(facts["scale"]) + torch.tensor(facts["shift"])
+    x = picture.x * torch.tensor(facts["scale"], dtype=torch.float64)
+    x = x + torch.tensor(facts["shift"], dtype=torch.float64)
     steps = x.shape[1]
     dims = min(4, x.shape[2])
     columns = len(picture.column_names)
@@ -1114,7 +1115,9 @@ def load_sequences(args, checkpoint, kind, read):
             scale = checkpoint["scale"]
         elif name == "train":
             shift, scale = shift_and_scale(frames, kind)
-        frames = (frames - torch.tensor(shift).double()) / torch.tensor(scale).double()
+        # in float64, as values may be large beside their differences
+        frames = frames - torch.tensor(shift, dtype=torch.float64)
+        frames = frames / torch.tensor(scale, dtype=torch.float64)
         lengths = torch.tensor([len(x) for x, _ in known])
         y = torch.tensor([classes.index(label) for _, label in known], device=args.device)
         sequences.append(Sequences(frames.float().to(args.device), lengths, y))
@@ -1185,9 +1188,8 @@ def evaluate(model, part, samples=1):
         return model(x, lengths, y, k=k)
 
     order = part.lengths.argsort()
-    at_once = max(
-        32, 5000 // int(part.cpu_lengths.max())
-    )  # about 5000 steps in memory, or 32 sequences
+    # about 5000 steps in memory, or 32 sequences
+    at_once = max(32, 5000 // int(part.cpu_lengths.max()))
     return common.evaluate(terms, order, samples=samples, at_once=at_once)
 
 
