@@ -1504,22 +1504,54 @@ class TestVRNN(BoundTests, Case):
             expected[: length - 1] = (length - 1) * [True]
             self.assertEqual(joined[:, b].tolist(), expected)
 
-    def test_strokes_vary_in_training_alone(self):
-        """Strokes are stretched and slanted, and rounding is undone by noise."""
+    def test_rounding_of_strokes_is_undone_by_noise(self):
         x = torch.zeros(2, 900, 3)
         x[0, :, 0] = x[1, :, 1] = 100
         x[1, :, 2] = 1
-        moved = vrnn.prepare_pen(x, torch.ones(3), None)
+        fixed = vrnn.prepare_pen(x, torch.ones(3), None, seed=1)
+        again = vrnn.prepare_pen(x, torch.ones(3), None, seed=1)
+        self.assert_same(again, fixed)
+        self.assert_same(fixed[..., 2], x[..., 2])
+        self.assertLessEqual((fixed - x).abs().max(), 0.5)
+        self.assertGreater(fixed[..., :2].abs().min(), 0)  # or densities would be without bound
+
+    def test_strokes_are_stretched_and_slanted(self):
+        x = torch.zeros(2, 900, 3)
+        x[0, :, 0] = x[1, :, 1] = 100
+        x[1, :, 2] = 1
+        moved, lengths = vrnn.stretch_pen(x, torch.full((900,), 2), torch.ones(3))
+        self.assertEqual(lengths.unique().tolist(), [2])
         self.assert_same(moved[..., 2], x[..., 2])
         # x and y of the step to the right, then of the step up: the four numbers of a 2x2 matrix
         change = (moved - x)[..., :2] / 100
         covariance = torch.cov(change.transpose(0, 1).flatten(1).T)
-        self.assert_close(covariance, 0.15**2 * torch.eye(4), 6e-3)
-        fixed = vrnn.prepare_pen(x, torch.ones(3), None, seed=1)
-        again = vrnn.prepare_pen(x, torch.ones(3), None, seed=1)
-        self.assert_same(again, fixed)
-        self.assertLessEqual((fixed - x).abs().max(), 0.5)
-        self.assertGreater(fixed[..., :2].abs().min(), 0)  # or densities would be without bound
+        self.assert_close(covariance, 0.08**2 * torch.eye(4), 2e-3)
+
+    def test_some_drawings_are_written_faster(self):
+        """They have fewer points, on the same lines, with the same strokes and the same ends."""
+        # 900 times: 20 steps to the right, one step without the pen, 10 steps up
+        x = torch.zeros(32, 900, 3)
+        x[1:21, :, 0] = 10
+        x[21, :, 0] = 50
+        x[22:, :, 1] = 10
+        x[20, :, 2] = x[31, :, 2] = 1
+        x = torch.cat([x, x[-1:].expand(8, -1, -1)])  # padding
+        with mock.patch("torch.randn", torch.zeros):  # not stretched
+            moved, lengths = vrnn.vary_pen(x, torch.full((900,), 32), torch.ones(3))
+        is_fast = (moved[:32] != x[:32]).any(0).any(1)
+        self.assert_close(is_fast.float().mean(), torch.tensor(0.25), 0.05)
+        self.assertGreaterEqual(lengths.min(), 17)
+        self.assertLess(lengths.min(), 20)
+        self.assertEqual(lengths[~is_fast].unique().tolist(), [32])
+        for i in is_fast.nonzero().flatten():
+            points = moved[: lengths[i], i, :2].cumsum(0)
+            ends = points[moved[: lengths[i], i, 2] == 1]
+            self.assertEqual(ends.tolist(), [[200, 0], [250, 100]])
+            self.assertEqual(points[-1].tolist(), [250, 100])
+            on_line = (points[:, 1] == 0) & (points[:, 0] <= 200) | (points[:, 0] == 250)
+            self.assertGreaterEqual(on_line.sum(), len(points) - 1)  # one may be in the air
+            self.assertLessEqual(moved[: lengths[i], i, :2].abs().max(), 100)
+            self.assert_same(points, points.round())
 
     def test_speech_starts_late_in_training(self):
         x = torch.arange(1000.0, 1800).view(4, 1, 200)

@@ -32,15 +32,15 @@ The defaults of --epochs, --batch-size, --lr and --mixtures depend on --dataset;
 listed by python vrnn.py --dataset speech --help.
 
 Measured test -ELBO: MNIST with --epochs 16, 81.46 nats in an hour on one core; --dataset speech
---conditional, -5110.7 nats in 37 minutes; --dataset pendigits --conditional, -40.61 nats in 30
+--conditional, -5110.7 nats in 37 minutes; --dataset pendigits --conditional, -42.15 nats in 42
 minutes. The last two are negative because they are of log densities of real numbers, here of data
 divided by their root mean square.
 
 Deviations from the paper: a GRU instead of an LSTM; SiLU instead of ReLU; fewer layers; the initial
 state h_0 is learned; recorded integers get uniform noise, otherwise their density could grow
 without limit; x_t of speech is a lapped cosine transform of a frame of 200 samples; in training
-speech starts up to 199 samples later, and pen strokes are stretched and slanted at random; log
-variances, correlations and gradients are limited; the weights that are tested are averaged over
+speech starts up to 199 samples later, and pen strokes are stretched, slanted and sped up at random;
+log variances, correlations and gradients are limited; the weights that are tested are averaged over
 training.
 """
 
@@ -60,7 +60,7 @@ import urllib.request
 import wave
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -399,6 +399,11 @@ def rounding_noise(x, scale, seed):
     return (noise - 0.5) / scale
 
 
+def as_they_are(x, lengths, scale):
+    """Sequences and their lengths, unchanged."""
+    return x, lengths
+
+
 def prepare_rows(x, scale, joined, seed=None):
     """Grey rows (..., D) uint8 as black or white pixels."""
     import common
@@ -407,13 +412,51 @@ def prepare_rows(x, scale, joined, seed=None):
 
 
 def prepare_pen(x, scale, joined, seed=None):
-    """Moves (..., 3) with noise; without a seed, for training, each drawing is distorted."""
+    """Moves (..., 3) with noise."""
     noise = rounding_noise(x, scale, seed)
-    moves = x[..., :2]
-    if seed is None:  # stretched and slanted: (T, B, 2)
-        change = 0.15 * torch.randn(x.shape[1], 2, 2, device=x.device)
-        moves = moves + torch.einsum("tbi,bij->tbj", moves, change)
-    return torch.cat([moves + noise[..., :2], x[..., 2:]], -1)
+    return torch.cat([(x + noise)[..., :2], x[..., 2:]], -1)
+
+
+def stretch_pen(x, lengths, scale):
+    """Drawings (T, B, 3) stretched and slanted at random, and their lengths, for training."""
+    change = 0.08 * torch.randn(x.shape[1], 2, 2, device=x.device)
+    moves = x[..., :2] + torch.einsum("tbi,bij->tbj", x[..., :2], change)
+    return torch.cat([moves, x[..., 2:]], 2), lengths
+
+
+def vary_pen(x, lengths, scale):
+    """Drawings (T, B, 3) as other writers could make them, and their lengths (B,), for training.
+
+    Stretched and slanted; larger or smaller; one in four written up to twice as fast, that is,
+    with fewer points, as a pen is recorded at equal intervals of time.
+    """
+    n = x.shape[1]
+    x, _ = stretch_pen(x, lengths, scale)
+    size = (0.1 * torch.randn(n, 1, device=x.device)).exp()
+    points = (size * x[..., :2]).cumsum(0)
+
+    # the times of the new points, in steps of the old ones: 0, speed, 2 speed, ..., the last
+    is_fast = torch.rand(n, device=x.device) < 0.25
+    speed = 2 ** (is_fast * torch.rand(n, device=x.device))
+    step = torch.arange(len(x), device=x.device)[:, None]
+    last = (lengths - 1).to(x.dtype)
+    times = torch.minimum(step * speed, last)  # (T, B)
+    lengths = (step * speed < last).sum(0) + 1
+    # where a stroke ends in between, a new point is there
+    end = torch.where(x[..., 2] > 0.5, step, -1).cummax(0).values.gather(0, times.long())
+    pen_up = end > F.pad(times[:-1], (0, 0, 1, 0), value=-1)
+    times = torch.where(pen_up, end, times)
+
+    before = times.long()
+    after = (before + 1).clamp(max=len(x) - 1)
+    points = torch.lerp(
+        points.take_along_dim(before[..., None], 0),
+        points.take_along_dim(after[..., None], 0),
+        (times - before)[..., None],
+    )
+    points = (scale[:2] * points).round() / scale[:2]  # recorded as whole numbers
+    moves = torch.cat([points[:1], points.diff(dim=0)])
+    return torch.cat([moves, pen_up[..., None]], 2), lengths
 
 
 def prepare_series(x, scale, joined, seed=None):
@@ -1012,6 +1055,7 @@ class Kind:
     """A kind of sequences: its part of the model, its functions, and its defaults of flags."""
 
     likelihood: str
+    vary: Callable
     prepare: Callable
     draw: Callable
     title: str
@@ -1024,6 +1068,7 @@ class Kind:
 KINDS = {
     "rows": Kind(
         likelihood="bernoulli",
+        vary=as_they_are,
         prepare=prepare_rows,
         draw=draw_rows,
         title="drawn by the model, row by row",
@@ -1034,6 +1079,7 @@ KINDS = {
     ),
     "pen": Kind(
         likelihood="pen",
+        vary=vary_pen,
         prepare=prepare_pen,
         draw=draw_pen,
         title="written by the model",
@@ -1044,6 +1090,7 @@ KINDS = {
     ),
     "speech": Kind(
         likelihood="gaussian",
+        vary=as_they_are,
         prepare=prepare_speech,
         draw=draw_speech,
         title="spoken by the model",
@@ -1054,6 +1101,7 @@ KINDS = {
     ),
     "series": Kind(
         likelihood="gaussian",
+        vary=as_they_are,
         prepare=prepare_series,
         draw=draw_series,
         title="series drawn by the model",
@@ -1063,9 +1111,11 @@ KINDS = {
         lr=2e-3,
     ),
 }
+# drawings whose points need not be at equal intervals of time
+KINDS["drawings"] = replace(KINDS["pen"], vary=stretch_pen)
 READERS = {
     "pendigits": ("pen", read_pendigits),
-    "ndjson": ("pen", read_ndjson),
+    "ndjson": ("drawings", read_ndjson),
     "speech": ("speech", read_speech),
     "wav": ("speech", read_wav),
     "arrays": ("series", read_arrays),
@@ -1131,16 +1181,17 @@ def shift_and_scale(frames, kind):
     root mean square.
     """
     frames = frames.double()
+    likelihood = KINDS[kind].likelihood
     if kind == "series":
         shift = frames.mean(0)
         scale = frames.std(0, correction=0)
         scale = torch.where(scale > 1e-12 * shift.abs(), scale, 1.0)  # constants
     else:
         shift = torch.zeros(1)
-        columns = 2 if kind == "pen" else frames.shape[1]
+        columns = 2 if likelihood == "pen" else frames.shape[1]
         scale = frames[:, :columns].square().mean().sqrt()[None]
         scale = torch.where(scale > 0, scale, 1.0)
-        if kind == "pen":
+        if likelihood == "pen":
             scale = torch.cat([scale, scale, torch.ones(1)])  # pen-up stays 0 or 1
     # rounded, so that they are the same on all machines
     return shift.tolist(), [float(f"{value:.6g}") for value in scale.tolist()]
@@ -1310,6 +1361,7 @@ def main(argv=None):
         steps = []
         order = common.epoch_order(args, epoch, len(train.cpu_lengths), train.cpu_lengths)
         for x, lengths, y, joined in train.batches(order, f"epoch {epoch + 1}, step"):
+            x, lengths = kind.vary(x, lengths, scale)
             log_px, kl, _ = model(kind.prepare(x, scale, joined), lengths, y)
             loss = (kl - log_px).mean()
             optimizer.zero_grad()
