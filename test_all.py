@@ -2173,7 +2173,7 @@ class TestScripts(Case):
                 whole = f"{script}/whole"
                 parts = f"{script}/parts"
                 began = time.time()
-                start(script, f"--epochs 4 --out-dir {whole}").join()
+                start(script, f"--epochs 2 --out-dir {whole}").join()
                 seconds = time.time() - began
 
                 # kill it, then resume it, or begin again
@@ -2183,7 +2183,7 @@ class TestScripts(Case):
                     flags = f"--resume {parts}"
                     if status == 0 or not Path(parts, "checkpoint.pt").exists():
                         shutil.rmtree(parts, ignore_errors=True)
-                        flags = f"--epochs 4 --out-dir {parts}"
+                        flags = f"--epochs 2 --out-dir {parts}"
                     process = start(script, flags)
                     if killed < kills:
                         process.join(seconds * random.random())
